@@ -1,0 +1,47 @@
+"""The feed-forward part of a block: gated (SwiGLU) or plain (GELU, ReLU). No biases."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinylm.config import ModelConfig
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020, eq. 6): three matrices of D x F."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class PlainMLP(nn.Module):
+    """down(activation(up(x))): two matrices of D x F."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.activation = ACTIVATIONS[config.mlp]
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+        return self.down(self.activation(self.up(x)))
+
+
+def gelu(x: Tensor) -> Tensor:
+    """The tanh form of GELU (Hendrycks & Gimpel 2016)."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS = {"gelu": gelu, "relu": F.relu}
+MLPS = {"swiglu": GatedMLP, "gelu": PlainMLP, "relu": PlainMLP}
+
+
+def build_mlp(config: ModelConfig) -> nn.Module:
+    return MLPS[config.mlp](config)
