@@ -1,4 +1,4 @@
-"""Causal attention in which groups of query heads share keys and values, and the cache that generation keeps of them.
+r"""Causal attention in which groups of query heads share keys and values, and the cache that generation keeps of them.
 
 query heads   q0 q1 q2 q3 q4 q5 q6 q7        num_heads = 8
                \  |  |  /  \  |  |  /

@@ -24,13 +24,14 @@ class TinyLM(nn.Module):
         super().__init__()
         config = config.resolve()
         self.config = config
-        with torch.device("meta"):  # nothing is drawn from the global generator while the parts are put together
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # the parts draw weights of their own when made; ours follow from ``seed``
             self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
             self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
             self.norm = build_norm(config) if config.norm_position == "pre" else nn.Identity()
             self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.to_empty(device="cpu")
-        self.position = build_position(config)
+            self.position = build_position(config)
         self.dropout = nn.Dropout(config.dropout)
         self.initialise(seed)
 

@@ -1,0 +1,267 @@
+"""Figures: they show the numbers they were given, fit on their page, and leave no global state behind."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from tinylm.study import plots
+from tinylm.study.scaling import Fit, evaluate_law, fit_growth, fit_power, fit_surface, isoflop_laws
+
+LAW = {"E": 1.6, "A": 30.0, "B": 120.0, "alpha": 0.35, "beta": 0.37}
+
+
+@pytest.fixture(scope="module")
+def frame() -> pd.DataFrame:
+    """Three isoFLOP families of five sizes at three rates; one run diverged."""
+    rng, rows = np.random.default_rng(0), []
+    for C in (1e11, 2e11, 4e11):
+        for N in (9000, 16000, 27000, 46000, 78000):
+            D, best = C / 6 / N, 0.012 * (N / 4e4) ** -0.35
+            for rate in best * np.array([0.5, 1.1, 2.0]):
+                L = evaluate_law("surface", LAW, N, D) + 0.08 * np.log(rate / best) ** 2 + 0.004 * rng.standard_normal()
+                rows.append({"budget": C, "params_total": N, "tokens_seen": D, "learning_rate": rate, "val_loss": L})
+    frame = pd.DataFrame(rows).assign(status="finished", seed=0)
+    frame.loc[2, ["val_loss", "status"]] = np.nan, "diverged"
+    return frame
+
+
+@pytest.fixture(scope="module")
+def iso(frame):
+    return isoflop_laws(frame, bootstrap=50)
+
+
+@pytest.fixture(scope="module")
+def law():
+    x = np.geomspace(3e4, 2e6, 7)
+    return fit_power(x, 2.4 + 40 * x**-0.31 * (1 + 0.003 * np.cos(9 * np.log(x))), floor=True, bootstrap=50)
+
+
+@pytest.fixture(scope="module")
+def sealed() -> pd.DataFrame:
+    common = {"study": "quickstart", "params_total": 1.2e5, "tokens": 3e6}
+    return pd.DataFrame(
+        [
+            {
+                "loss": 2.9,
+                "low": 2.86,
+                "high": 2.95,
+                "scored": True,
+                "observed": 2.91,
+                "inside": True,
+                "error_percent": 0.3,
+            },
+            {
+                "loss": 2.5,
+                "low": 2.44,
+                "high": 2.55,
+                "scored": True,
+                "observed": 2.6,
+                "inside": False,
+                "error_percent": 4.0,
+            },
+            {"loss": 2.3, "low": 2.2, "high": 2.4, "scored": False},
+        ]
+    ).assign(**common)
+
+
+def history() -> pd.DataFrame:
+    tokens = np.geomspace(1e4, 1e6, 12)
+    return pd.concat(
+        pd.DataFrame(
+            {"run_id": name, "tokens": tokens, "val_loss": top * tokens**-0.1, "train_loss": top * tokens**-0.11}
+        )
+        for name, top in (("a", 9), ("b", 10))
+    )
+
+
+def limited() -> pd.DataFrame:
+    x = np.repeat(np.geomspace(5e4, 1.5e6, 5), 2)
+    return pd.DataFrame({"unique_tokens": x, "val_loss": 9 * x**-0.09 + [0, 0.1] * 5, "train_loss": 8.5 * x**-0.09})
+
+
+@pytest.fixture(scope="module")
+def drawings(frame, iso, law, sealed) -> dict:
+    surface = fit_surface(iso.sizes.params_total, iso.sizes.tokens_seen, iso.sizes.val_loss, bootstrap=30)
+    noise = pd.DataFrame({"val_loss": [3.46, 3.47, 3.48, 3.465], "budget": [1, 1, 2, 2]})
+    return {
+        "isoflop": lambda ax: plots.isoflop(frame, iso.minima, ax=ax),
+        "frontier_size": lambda ax: plots.frontier(iso.minima, iso.laws["N_opt"], "params_opt", ax=ax),
+        "frontier_tokens": lambda ax: plots.frontier(iso.minima, iso.laws["D_opt"], "tokens_opt", ax=ax),
+        "frontier_loss": lambda ax: plots.frontier(iso.minima, iso.laws["L_min"], "loss_min", ax=ax),
+        "law": lambda ax: plots.law(law, ax=ax, x=plots.TOKENS, label="L(D)"),
+        "surface": lambda ax: plots.surface(surface, iso.sizes, ax=ax, planned=(2e5, 5e6)),
+        "surface_alone": lambda ax: plots.surface(surface, ax=ax),
+        "learning_rates": lambda ax: plots.learning_rates(frame, ax),
+        "residuals": lambda ax: plots.residuals(surface, ax),
+        "forecast": lambda ax: plots.forecast(sealed, ax=ax),
+        "seeds": lambda ax: plots.seeds(noise, ax=ax),
+        "seeds_by": lambda ax: plots.seeds(noise, ax=ax, by="budget"),
+        "data_limited": lambda ax: plots.data_limited(limited(), ax=ax),
+        "data_limited_fit": lambda ax: plots.data_limited(limited(), fit_power(*data_points(), bootstrap=20), ax=ax),
+        "curves": lambda ax: plots.curves(history(), ax=ax),
+    }
+
+
+def data_points():
+    best = limited().groupby("unique_tokens", as_index=False)["val_loss"].min()
+    return best["unique_tokens"], best["val_loss"]
+
+
+NAMES = (
+    *(
+        "isoflop",
+        "frontier_size",
+        "frontier_tokens",
+        "frontier_loss",
+        "law",
+        "surface",
+        "surface_alone",
+        "learning_rates",
+    ),
+    *("residuals", "forecast", "seeds", "seeds_by", "data_limited", "data_limited_fit", "curves"),
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_figure_draws_alone_and_into_axes_given(drawings, name):
+    before = dict(mpl.rcParams)
+    alone = drawings[name](None)
+    panels = alone if isinstance(alone, list) else [alone]
+    assert all(isinstance(ax, Axes) for ax in panels)
+    given = Figure(figsize=(7, 4.3), layout="constrained").subplots()
+    assert drawings[name](given) is given
+    for ax in (*panels, given):
+        assert ax.get_xlabel() and (ax.get_ylabel() or name.startswith(("forecast", "seeds")) or ax is not panels[0])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # matplotlib warns where a layout collapses or a glyph is missing
+            ax.figure.savefig(io.BytesIO(), format="png")
+        labels = [tick.label1 for tick in ax.xaxis.get_major_ticks() if tick.label1.get_text() and visible(tick, ax)]
+        boxes = sorted((label.get_window_extent() for label in labels), key=lambda box: box.x0)
+        assert len(boxes) >= 2, "an axis needs at least two labelled ticks"
+        assert all(left.x1 < right.x0 for left, right in zip(boxes, boxes[1:], strict=False)), "tick labels overlap"
+        assert inside_page(ax), "something is drawn beyond the page"
+    assert dict(mpl.rcParams) == before
+
+
+def visible(tick, ax) -> bool:
+    low, high = sorted(ax.get_xlim())
+    return low <= tick.get_loc() <= high
+
+
+def inside_page(ax: Axes) -> bool:
+    """Whether axes, labels and legend lie on the figure's page (2 pixels of slack)."""
+    box, page = ax.get_tightbbox(), ax.figure.bbox
+    return box.x0 > -2 and box.y0 > -2 and box.x1 < page.x1 + 2 and box.y1 < page.y1 + 2
+
+
+def test_figures_are_the_same_bytes_each_time(drawings):
+    def svg() -> bytes:
+        with plots.style():
+            buffer = io.BytesIO()
+            drawings["isoflop"](None).figure.savefig(buffer, format="svg", metadata={"Date": None})
+            return buffer.getvalue()
+
+    assert svg() == svg()
+
+
+def test_pyplot_holds_on_to_nothing(drawings):
+    import matplotlib.pyplot as plt
+
+    before = plt.get_fignums()
+    drawings["isoflop"](None)
+    assert plt.get_fignums() == before
+
+
+def points(ax: Axes, marker: str) -> np.ndarray:
+    lines = [np.column_stack(line.get_data()) for line in ax.lines if line.get_marker() == marker]
+    return np.concatenate(lines) if lines else np.zeros((0, 2))
+
+
+def test_isoflop_stars_are_the_minima_and_hollow_where_not_inside(frame, iso):
+    minima = iso.minima.copy()
+    minima.loc[2, "inside"] = False
+    ax = plots.isoflop(frame, minima)
+    np.testing.assert_allclose(points(ax, "*"), minima[["params_opt", "loss_min"]])
+    faces = [line.get_markerfacecolor() for line in ax.lines if line.get_marker() == "*"]
+    assert [face == "none" for face in faces] == [False, False, True]
+    assert ax.get_xscale() == "log"
+
+
+def test_learning_rate_panels_mark_vertices_edges_and_diverged_runs(frame):
+    panels = plots.learning_rates(frame)
+    assert len(panels) == 3
+    assert [len(points(panel, "*")) for panel in panels] == [5, 5, 5]
+    assert len(points(panels[0], "x")) == 1 and points(panels[0], "x")[0, 0] == frame.learning_rate[2]
+    two = Figure().subplots(1, 3)
+    assert plots.learning_rates(frame, two) is two
+
+
+def test_a_law_is_drawn_through_its_own_prediction(law):
+    ax = plots.law(law, extend=4)
+    dashed = next(line for line in ax.lines if line.get_linestyle() == "--")
+    x, y = dashed.get_data()
+    assert x[-1] == pytest.approx(4 * law.data["x"].max())
+    np.testing.assert_allclose(y, law.predict(x)["loss"])
+    assert any("floor 2.4" in text.get_text() for text in ax.texts)
+
+
+def test_a_band_is_missing_where_there_was_no_bootstrap():
+    x = np.geomspace(1e11, 1e13, 4)
+    assert len(plots.law(fit_growth(x, x**0.5, bootstrap=0), x=plots.FLOPS).collections) == 0
+
+
+def test_a_missed_forecast_looks_different(sealed):
+    ax = plots.forecast(sealed)
+    assert points(ax, "o").tolist() == [[2.91, 0]] and points(ax, "X").tolist() == [[2.6, 1]]
+    assert [text.get_text() for text in ax.texts] == ["+0.30 %", "+4.00 %", "not yet scored"]
+
+
+def test_residuals_are_percent_of_the_prediction():
+    data = pd.DataFrame({"params": [1e4, 1e5], "tokens": [1e6, 1e7], "residual": np.log([1.02, 0.99])})
+    panels = plots.residuals(Fit("surface", LAW, data=data))
+    np.testing.assert_allclose(points(panels[1], "o"), [[1e6, 2.0], [1e7, -1.0]])
+
+
+def test_the_best_run_of_each_amount_of_data_is_shown():
+    ax = plots.data_limited(limited())
+    np.testing.assert_allclose(points(ax, "o"), np.column_stack(data_points()))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(950, "950"), (20000, "20k"), (999999, "1M"), (1.5e6, "1.5M"), (3e9, "3B"), (2e13, "20T")],
+)
+def test_quantities_are_short(value, text):
+    assert plots.quantity(value) == text
+
+
+def test_powers_of_ten():
+    assert plots.power_of_ten(1e11) == "$10^{11}$"
+    assert plots.power_of_ten(2e11) == r"$2\times 10^{11}$"
+    assert plots.power_of_ten(1e15) == "$10^{15}$"
+
+
+@pytest.mark.parametrize(("low", "high"), [(2.7, 3.1), (2.2, 4.0), (2e4, 9e4), (1e4, 1e6), (1e3, 1e9), (1e11, 3.2e13)])
+def test_log_axes_have_a_few_round_ticks(low, high):
+    ticks = plots._LogTicks().tick_values(low, high)
+    assert 3 <= len(ticks) <= 9
+    assert ((ticks > 0.999 * low) & (ticks < 1.001 * high)).all()
+    assert all(
+        float(f"{tick:.2g}") == pytest.approx(tick) or float(f"{tick:.3g}") == pytest.approx(tick) for tick in ticks
+    )
+
+
+def test_the_palette_is_distinct_and_readable_on_white():
+    colours = np.array([mpl.colors.to_rgb(c) for c in plots.COLOURS])
+    distance = np.linalg.norm(colours[:, None] - colours[None], axis=-1)[np.triu_indices(len(colours), 1)]
+    assert distance.min() > 0.3
+    assert (colours @ [0.2126, 0.7152, 0.0722]).max() < 0.75
+    assert len(plots.MARKERS) == len(plots.COLOURS)

@@ -1,0 +1,362 @@
+"""The command line: fetch, train, generate, fit, plan, study. Commands import what they need, ``--help`` no torch."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import inspect
+import json
+import math
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from tinylm import __version__, counts
+from tinylm.config import (
+    INITS,
+    MLPS,
+    NORM_POSITIONS,
+    NORMS,
+    POSITIONS,
+    PRECISIONS,
+    SCHEDULES,
+    TOKENIZERS,
+    DataConfig,
+    GenerateConfig,
+    ModelConfig,
+    TrainConfig,
+)
+from tinylm.errors import DamagedFileError, LabError
+
+_CHOICES = {
+    "norm": NORMS,
+    "norm_position": NORM_POSITIONS,
+    "mlp": MLPS,
+    "position": POSITIONS,
+    "init": INITS,
+    "schedule": SCHEDULES,
+    "precision": PRECISIONS,
+    "tokenizer": TOKENIZERS,
+}
+
+
+class _Commands(click.Group):
+    """Ends a LabError as one line on stderr with exit code 2, and Ctrl-C with 130; neither shows a traceback."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except LabError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(2)
+        except KeyboardInterrupt:
+            click.echo("stopped", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="tinylm")
+def main() -> None:
+    """A lab for small language models: from a text to a measured scaling law."""
+
+
+def _whole(value: str) -> int:
+    """``1000``, and also ``1e3``."""
+    try:
+        return int(value)
+    except ValueError:
+        if not float(value).is_integer():
+            raise
+        return int(float(value))
+
+
+_whole.__name__ = "whole number"
+_KINDS = {int: _whole, float: float, str: str}
+
+
+def _options_of(*configs: type) -> Callable:
+    """One option for every field of the configs, of the field's type and with its default."""
+
+    def decorate(function: Callable) -> Callable:
+        for config in reversed(configs):
+            hints = typing.get_type_hints(config)
+            for field in reversed(dataclasses.fields(config)):
+                kind = next(k for k in (*typing.get_args(hints[field.name]), hints[field.name]) if k is not type(None))
+                name = "--" + field.name.replace("_", "-")
+                if kind is bool:
+                    option = click.option(
+                        f"{name}/--no-{name[2:]}", field.name, default=field.default, show_default=True
+                    )
+                else:
+                    option = click.option(
+                        name,
+                        field.name,
+                        type=click.Choice(_CHOICES[field.name]) if field.name in _CHOICES else _KINDS[kind],
+                        metavar=None if field.name in _CHOICES else {int: "N", float: "X", str: "TEXT"}[kind],
+                        default=field.default,
+                        show_default=field.default is not None,
+                    )
+                function = option(function)
+        return function
+
+    return decorate
+
+
+def _meaning_of(*configs: type) -> str:
+    """The configs' docstrings, kept as they are laid out, for the end of a command's help."""
+    return "\n\n".join(
+        "\b\n" + inspect.getdoc(config).replace("``", "").replace("\n\n", "\n\n\b\n") for config in configs
+    )
+
+
+def _config(kind: type, values: dict) -> typing.Any:
+    return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})
+
+
+@main.command()
+@click.argument("names", nargs=-1)
+def fetch(names: tuple[str, ...]) -> None:
+    """Fetch named texts over the network into the cache; without a NAME, list them."""
+    from tinylm import corpora
+
+    if not names:
+        for name, description in corpora.NAMES.items():
+            click.echo(f"{name:14s} {description}")
+    for name in names:
+        text = corpora.fetch(name)
+        click.echo(f"{text.name}: {text.bytes:,} bytes in {text.path}")
+        click.echo(f"  source: {text.provenance['source']}; licence: {text.provenance['licence']}")
+
+
+@main.command(epilog=_meaning_of(DataConfig, ModelConfig, TrainConfig))
+@_options_of(DataConfig, ModelConfig, TrainConfig)
+@click.option("--out", type=click.Path(file_okay=False), required=True, help="Results folder to write to.")
+def train(out: str, **values) -> None:
+    """Train one model on a text: its record goes to OUT/runs, the model to OUT/models.
+
+    The same command started again goes on where it was stopped, and trains nothing that is finished.
+    """
+    data, model, training = (_config(kind, values) for kind in (DataConfig, ModelConfig, TrainConfig))
+    from tinylm.study import runs
+
+    run = runs.Run(model, training, data)
+    click.echo(f"{counts.parameters(model)['total']:,} parameters, {run.flops:.3g} FLOPs, text {data.text}", err=True)
+    try:
+        record = runs.train_run(run, out, keep_model=True, progress=True)
+    except KeyboardInterrupt:
+        click.echo("\nstopped; the same command started again goes on from there", err=True)
+        sys.exit(130)
+    if record["val_loss"] is None:
+        raise LabError(
+            f"Training must succeed, and this run {record['status']}", record["reason"], "lower learning_rate"
+        )
+    bits = "" if record["val_bpb"] is None else f", {record['val_bpb']:.4f} bits per byte"
+    click.echo(f"{record['status']}: val_loss {record['val_loss']:.4f} nats per token{bits}")
+    click.echo(f"record: {Path(out, 'runs', record['run_id'] + '.json')}")
+    if record["model_file"]:
+        click.echo(f"model:  {Path(out, record['model_file'])}")
+
+
+@main.command(epilog=_meaning_of(GenerateConfig))
+@click.option("--model", required=True, type=click.Path(path_type=Path), help="A model's file, or a results folder.")
+@click.option("--prompt", default="", help="What the text begins with.")
+@_options_of(GenerateConfig)
+def generate(model: Path, prompt: str, **values) -> None:
+    """Write text with a model, token by token. Of a results folder, the model written last is taken."""
+    config = _config(GenerateConfig, values)
+    from tinylm.checkpoint import load_model
+    from tinylm.generate import stream
+
+    if model.is_dir():
+        kept = sorted(model.glob("models/*.safetensors"), key=lambda path: path.stat().st_mtime)
+        if not kept:
+            raise LabError(
+                "The folder must hold a model", f"no {model / 'models'}/*.safetensors", "train one with --out"
+            )
+        model = kept[-1]
+    network, tokenizer, _ = load_model(model)
+    click.echo(prompt, nl=False)
+    for token in stream(network, tokenizer, prompt, config):
+        click.echo(token.text, nl=False)
+    click.echo()
+
+
+@main.command()
+@click.argument("table", metavar="FILE.csv", type=click.Path(path_type=Path))
+@click.option("--params", default="params_total", show_default=True, metavar="COLUMN", help="Parameters of the model.")
+@click.option("--tokens", default="tokens_seen", show_default=True, metavar="COLUMN", help="Tokens of training.")
+@click.option("--loss", default="val_loss", show_default=True, metavar="COLUMN", help="Loss at the end of the run.")
+@click.option(
+    "--bootstrap",
+    type=click.IntRange(min=0),
+    default=1000,
+    show_default=True,
+    metavar="N",
+    help="Resamples; 0 is none.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def fit(table: Path, params: str, tokens: str, loss: str, bootstrap: int, as_json: bool) -> None:
+    """Fit L(N, D) = E + A / N^alpha + B / D^beta to a table of runs, one row each."""
+    columns = _numbers_of(table, [params, tokens, loss])
+    from tinylm.study.scaling import fit_surface
+
+    law = fit_surface(*columns, bootstrap=bootstrap)
+    if as_json:
+        click.echo(json.dumps(law.to_dict(), indent=2))
+        return
+    low, high = law.a_interval
+    click.echo(f"L(N, D) = E + A / N^alpha + B / D^beta, from {law.n} rows of {table}; intervals are 95 %\n")
+    click.echo(law.table().to_string(float_format="{:.5g}".format))
+    click.echo(f"\nN_opt grows as C^{law.a:.3f}" + (f" ({low:.3f} to {high:.3f})" if low == low else ""))
+    for warning in law.warnings:
+        click.echo(f"warning: {warning}", err=True)
+
+
+def _numbers_of(table: Path, columns: list[str]) -> list[list[float]]:
+    """Columns of a CSV file as positive numbers. Raises LabError that names the lines, as an editor counts them, where
+    they are not."""
+    found: list[list[float]] = [[] for _ in columns]
+    wrong = []
+    try:
+        with open(table, newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            names = rows.fieldnames or []
+            for name in columns:
+                if name not in names:
+                    raise LabError(
+                        "The table must have the column",
+                        f"no {name!r} in {table}",
+                        f"the columns are {', '.join(names)}",
+                    )
+            for row in rows:
+                for name, values in zip(columns, found, strict=True):
+                    try:
+                        values.append(float(row[name]))
+                    except (TypeError, ValueError):
+                        values.append(math.nan)
+                    if not 0 < values[-1] < math.inf:
+                        wrong.append(f"line {rows.line_num}: {name}={row[name]!r}")
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise LabError(
+            "The table must be a readable CSV file in UTF-8", f"{table}: {error}", "check the path"
+        ) from error
+    if wrong:
+        raise LabError(
+            "Every row must hold positive, finite numbers",
+            "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""),
+            "mend those lines or leave them out",
+        )
+    return found
+
+
+@main.command()
+@click.option("--minutes", type=float, help="Time to train for, at the speed that the study measured on its machine.")
+@click.option("--flops", type=float, help="Compute to spend instead.")
+@click.option("--results-dir", type=click.Path(path_type=Path), help="By default results/local/quickstart.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def plan(minutes: float | None, flops: float | None, results_dir: Path | None, as_json: bool) -> None:
+    """Plan the next run from the law that a quickstart study measured."""
+    if (minutes is None) == (flops is None):
+        raise LabError("A plan has one budget", f"minutes={minutes}, flops={flops}", "give --minutes or --flops")
+    from tinylm.study import design, planner
+    from tinylm.study.parameters import QuickstartParameters
+
+    folder = results_dir or QuickstartParameters().folder
+    surface, lr_rule, law = _checked(folder / "tables" / "law.json", _law_of)
+    speed = None if minutes is None else _checked(folder / "speed.json", lambda known: planner.Speed(**known))
+    recipe = design.Recipe()
+    found = planner.plan(
+        surface,
+        lr_rule,
+        law["ladder"],
+        batch_rule=recipe.batch_size,
+        seq_len=recipe.seq_len,
+        largest_flops_fitted=law["largest_flops"],
+        budget_flops=flops,
+        budget_seconds=None if minutes is None else 60 * minutes,
+        speed=speed,
+        tokens_available=law["tokens_available"],
+        seed_sd=law["seed_sd"],
+    )
+    if as_json:
+        fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+        click.echo(json.dumps({name: value for name, value in fields.items() if name not in ("options", "shape")}))
+        return
+    for item, value in found.table()["plan"].items():
+        click.echo(f"{item:30s} {value}")
+    for warning in found.warnings:
+        click.echo(f"warning: {warning}", err=True)
+
+
+def _law_of(law: dict) -> tuple[typing.Any, typing.Any, dict]:
+    """Surface, learning-rate rule and the rest of what a study's law.json holds, with the ladder as a table."""
+    import pandas as pd
+
+    from tinylm.study.scaling import Fit, LearningRateRule
+
+    names = {field.name for field in dataclasses.fields(Fit)}
+    surface = {name: value for name, value in law["surface"].items() if name in names and value is not None}
+    surface = Fit(**{**surface, "samples": pd.DataFrame(surface["samples"])})
+    needed = {name: law[name] for name in ("largest_flops", "tokens_available", "seed_sd")}
+    return surface, LearningRateRule(**law["lr_rule"]), {**needed, "ladder": pd.DataFrame(law["ladder"])}
+
+
+def _checked(path: Path, read: Callable[[dict], typing.Any]) -> typing.Any:
+    """What ``read`` makes of a JSON file that a study wrote. Raises LabError where it is not there or not as it was."""
+    try:
+        return read(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise LabError(
+            "A plan needs the results of a finished quickstart study",
+            f"{path}: {error.strerror}",
+            "run `tinylm study`, or name another folder with --results-dir; a text under 2 MB gives no compute law",
+        ) from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedFileError(
+            "The file must be as the study wrote it", f"{path}: {error!r}", "run the study again"
+        ) from error
+
+
+@main.command()
+@click.argument("name", default="quickstart")
+@click.option("--text", help="A named text, or the path of a file or folder of your own.")
+@click.option("--preset", help="smoke, quick or full.")
+@click.option("--minutes", help="The time that the study may take.")
+@click.option("--workers", help="Worker processes.")
+@click.option("--seed", help="Seed of the first run of each kind.")
+@click.option("--results-dir", type=click.Path(path_type=Path), help="By default in results/local of the repository.")
+@click.option("-p", "more", nargs=2, multiple=True, metavar="NAME VALUE", help="Any other parameter of the notebook.")
+def study(name: str, results_dir: Path | None, more: tuple[tuple[str, str], ...], **named: str | None) -> None:
+    """Run a study's notebook: studies/NAME.ipynb, with its defaults for what is not given.
+
+    Finished runs are kept: a study that was stopped goes on where it was.
+    """
+    from tinylm.study import notebooks
+
+    given = {key: value for key, value in named.items() if value is not None}
+    parameters = {key: _value(value) for key, value in {**given, **dict(more)}.items()}
+    if results_dir:
+        parameters["results_dir"] = notebooks.within_repository(results_dir)
+    notebook = notebooks.find_study(name)
+    folder = notebooks.results_folder(name, parameters)
+    try:
+        page = notebooks.run_notebook(notebook, folder, parameters)
+    except notebooks.StudyFailed as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        click.echo("\nstopped; finished runs are kept, and the same command started again goes on from there", err=True)
+        sys.exit(130)
+    report = folder / "README.md"
+    click.echo(f"page:   {page}" + (f"\nreport: {report}" if report.exists() else ""))
+
+
+def _value(text: str) -> object:
+    """A parameter as a notebook should get it: a number, true, false, null or a list where it reads so, else text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {"True": True, "False": False, "None": None}.get(text, text)

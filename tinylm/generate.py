@@ -1,0 +1,277 @@
+"""Text out of a model: the filters that shape the next-token distribution, and the loop that draws from it.
+
+How generation goes past max_seq_len, by kind of position:
+
+rope, none            attention slides: a token sees itself and the max_seq_len - 1 tokens before it. Every layer looks
+                      back that far, so deeper layers carry word from further back: it equals one forward pass over
+                      the whole text with a banded causal mask, at constant cost a token.
+learned, sinusoidal   positions end where the window ends, so a full window is left: its last max_seq_len // 2 tokens
+                      move to the front, are read anew, and generation goes on behind them.
+
+A prompt longer than max_seq_len counts by its last max_seq_len tokens. An empty prompt starts from a newline, which
+is not part of the text that comes back. Rows of a batch follow these rules each by itself, as if they were alone.
+"""
+
+from __future__ import annotations
+
+import codecs
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinylm.attention import KVCache
+from tinylm.config import GenerateConfig
+from tinylm.errors import ConfigError, LabError
+from tinylm.model import TinyLM
+
+if TYPE_CHECKING:
+    from tinylm.tokenizer import Tokenizer
+
+STAGES = ("model", "repetition_penalty", "temperature", "top_k", "top_p")  # in the order in which they are applied
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One continued prompt. ``text`` is what was added to it, ``token_ids`` its tokens and ``log_probs`` (nats) what
+    the unfiltered model gave each of them. ``seconds`` is the time of the whole batch, ``tokens_per_second`` the
+    tokens of all its rows over that time."""
+
+    prompt: str
+    text: str
+    token_ids: list[int]
+    log_probs: list[float]
+    seconds: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class TokenOut:
+    """One token as it is drawn. ``text`` is what it adds: empty while the bytes of a character are still incomplete,
+    all of the character with the token that completes it; the texts of a stream joined are the text. ``probability``
+    is that of the unfiltered model, as are the ``alternatives``, the likeliest tokens as (id, printable piece,
+    probability)."""
+
+    token_id: int
+    text: str
+    probability: float
+    alternatives: list[tuple[int, str, float]]
+
+
+def generate(
+    model: TinyLM, tokenizer: Tokenizer, prompts: str | list[str], config: GenerateConfig | None = None
+) -> Generation | list[Generation]:
+    """Continue one prompt (a str gives one Generation) or a batch of unequal ones (a list gives a list, in order).
+
+    Row r of a batch draws with ``seed + r``: its text is what its prompt alone gives with that seed.
+    """
+    config = config or GenerateConfig()
+    batch = [prompts] if isinstance(prompts, str) else list(prompts)
+    rows = [_encode(model, tokenizer, prompt) for prompt in batch]
+    if not rows:
+        return []
+    begin = time.perf_counter()
+    steps = [(ids, log_probs) for ids, log_probs, _ in _sample(model, rows, config)]
+    seconds = time.perf_counter() - begin
+    ids = np.stack([step[0] for step in steps], axis=1).tolist()  # (B, max_new_tokens)
+    log_probs = np.stack([step[1] for step in steps], axis=1).tolist()
+    rate = len(rows) * config.max_new_tokens / seconds
+    done = [
+        Generation(batch[r], tokenizer.decode(ids[r]), ids[r], log_probs[r], seconds, rate) for r in range(len(rows))
+    ]
+    return done[0] if isinstance(prompts, str) else done
+
+
+def stream(
+    model: TinyLM,
+    tokenizer: Tokenizer,
+    prompt: str,
+    config: GenerateConfig | None = None,
+    stop: Callable[[], bool] | None = None,
+    top: int = 0,
+) -> Iterator[TokenOut]:
+    """Continue a prompt token by token; the same text as ``generate``. ``stop()`` is asked after every token and ends
+    the stream when true; ``top`` is how many alternatives to tell with each token. Mistakes in what was asked are
+    raised by this call."""
+    config = config or GenerateConfig()
+    if top < 0:
+        raise ConfigError("top must not be negative", f"top={top}", "0 tells no alternatives")
+    return _stream(model, tokenizer, _encode(model, tokenizer, prompt), config, stop or (lambda: False), top)
+
+
+def _stream(model, tokenizer, row, config, stop, top) -> Iterator[TokenOut]:
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # holds back the bytes of an unfinished character
+    if stop():
+        return
+    for count, (ids, log_probs, log_probabilities) in enumerate(_sample(model, [row], config), start=1):
+        likeliest = log_probabilities[0].topk(min(top, log_probabilities.shape[1]))
+        told = zip(likeliest.indices.tolist(), likeliest.values.exp().tolist(), strict=True)
+        alternatives = [(i, tokenizer.pieces(i), probability) for i, probability in told]
+        last = count == config.max_new_tokens or bool(stop())
+        text = decoder.decode(tokenizer.decode_bytes(ids), final=last)
+        yield TokenOut(int(ids[0]), text, float(np.exp(log_probs[0])), alternatives)
+        if last:
+            return
+
+
+def next_token_logits(model: TinyLM, tokenizer: Tokenizer, prompt: str) -> tuple[Tensor, Tensor]:
+    """What a prompt leads to, ready for ``filter_logits``: logits (1, V) of the next token, and seen (1, V)."""
+    decoding = _Decoding(model, [_encode(model, tokenizer, prompt)])
+    return decoding.logits, decoding.seen()
+
+
+def filter_logits(logits: Tensor, config: GenerateConfig, seen: Tensor | None = None) -> dict[str, Tensor]:
+    """From logits (B, V) to the distribution that is drawn from, stage by stage: name in ``STAGES`` -> probabilities
+    (B, V) in fp64.
+
+    ``model`` is the softmax of the logits. ``repetition_penalty`` divides positive and multiplies negative logits of
+    tokens in ``seen`` (B, V) bool (Keskar et al. 2019, section 4.1). ``temperature`` divides logits; at 0 all goes to
+    the likeliest. ``top_k`` keeps the k likeliest. ``top_p`` keeps the smallest set of likeliest tokens whose
+    probability reaches p, and at least one (Holtzman et al. 2020). Each works on what the one before left, and what
+    is kept is scaled to sum to 1. A stage that its setting leaves alone is the same tensor as the one before it.
+    """
+    logits = logits.double()
+    stages = {"model": logits.softmax(-1)}
+    if config.repetition_penalty != 1 and seen is not None:
+        penalised = torch.where(logits > 0, logits / config.repetition_penalty, logits * config.repetition_penalty)
+        logits = torch.where(seen, penalised, logits)
+        stages["repetition_penalty"] = logits.softmax(-1)
+    else:
+        stages["repetition_penalty"] = stages["model"]
+
+    if config.temperature == 0:
+        stages["temperature"] = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    elif config.temperature != 1:
+        # The largest logit is taken off first: a tiny temperature would otherwise send the others past fp64.
+        stages["temperature"] = ((logits - logits.amax(-1, keepdim=True)) / config.temperature).softmax(-1)
+    else:
+        stages["temperature"] = stages["repetition_penalty"]
+
+    probabilities = stages["temperature"]
+    if config.top_k is not None and config.top_k < probabilities.shape[-1]:
+        largest = probabilities.topk(config.top_k)
+        probabilities = torch.zeros_like(probabilities).scatter_(-1, largest.indices, largest.values)
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    stages["top_k"] = probabilities
+
+    if config.top_p < 1:
+        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        # What the likelier tokens add up to: while that is short of p, this one is needed.
+        reached = ordered.cumsum(-1).roll(1, -1)
+        reached[..., 0] = 0.0
+        kept = ordered * (reached < config.top_p)
+        probabilities = torch.zeros_like(probabilities).scatter_(-1, order, kept)
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    stages["top_p"] = probabilities
+    return stages
+
+
+def _encode(model: TinyLM, tokenizer: Tokenizer | None, prompt: str) -> list[int]:
+    if tokenizer is None:
+        raise LabError(
+            "Text needs the tokenizer that the model was trained with",
+            "tokenizer=None",
+            "load a model that was saved with its tokenizer, or give the tokenizer",
+        )
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise LabError(
+            "Model and tokenizer must have the same vocabulary",
+            f"vocab_size={model.config.vocab_size} in the model, {tokenizer.vocab_size} in the tokenizer",
+            "give the tokenizer that the model was trained with",
+        )
+    if not isinstance(prompt, str):
+        raise ConfigError(
+            "A prompt must be a str", f"{prompt!r} ({type(prompt).__name__})", "give text, or a list of texts"
+        )
+    return list(tokenizer.encode(prompt)) or list(tokenizer.encode("\n"))[-1:] or [0]
+
+
+def _sample(
+    model: TinyLM, rows: list[list[int]], config: GenerateConfig
+) -> Iterator[tuple[np.ndarray, np.ndarray, Tensor]]:
+    """Yield for every new token its ids (B,), their log-probabilities (B,) and those of all tokens (B, V), of the
+    unfiltered model."""
+    # One uniform number a token and row, from the row's own generator: neither the other rows nor max_new_tokens nor
+    # the filters change what a row draws.
+    generators = [torch.Generator().manual_seed((config.seed + row) % 2**63) for row in range(len(rows))]
+    draws = torch.stack([torch.rand(config.max_new_tokens, generator=g, dtype=torch.float64) for g in generators])
+    decoding = _Decoding(model, rows)
+    for count in range(config.max_new_tokens):
+        logits = decoding.logits
+        seen = decoding.seen() if config.repetition_penalty != 1 else None
+        summed = filter_logits(logits, config, seen)["top_p"].cumsum(-1)
+        # The first token whose running sum exceeds the draw: one of probability zero never does.
+        ids = torch.searchsorted(summed, draws[:, count, None] * summed[:, -1:], right=True)
+        log_probabilities = logits.double().log_softmax(-1)
+        yield ids[:, 0].numpy(), log_probabilities.gather(-1, ids)[:, 0].numpy(), log_probabilities
+        if count + 1 < config.max_new_tokens:
+            decoding.advance(ids[:, 0].tolist())
+
+
+class _Decoding:
+    """Rows being continued: the tokens of each inside its window, and a cache of their keys and values.
+
+    logits (B, V): those of the next token, on the CPU in fp32.
+    """
+
+    def __init__(self, model: TinyLM, rows: list[list[int]]):
+        self.model, self.slots = model, model.config.max_seq_len
+        self.slides = model.config.position in ("rope", "none")
+        self.windows = [deque(row[-self.slots :]) for row in rows]
+        self.counts = np.zeros((len(rows), model.config.vocab_size), dtype=np.int64)
+        for row, window in enumerate(self.windows):
+            np.add.at(self.counts[row], list(window), 1)
+        self._read_windows()
+
+    def advance(self, ids: list[int]) -> None:
+        """Add one token to each row and move the logits on."""
+        is_left = False
+        for row, (window, token) in enumerate(zip(self.windows, ids, strict=True)):
+            window.append(token)
+            self.counts[row, token] += 1
+            if len(window) > self.slots:
+                is_left = not self.slides
+                keep = self.slots if self.slides else max(1, self.slots // 2)
+                while len(window) > keep:
+                    self.counts[row, window.popleft()] -= 1
+        if is_left:  # the other rows are read anew too, as they stand: the same as having gone on
+            self._read_windows()
+        else:
+            self._forward([[token] for token in ids])
+
+    def seen(self) -> Tensor:
+        """Which tokens the windows hold, (B, V) bool."""
+        return torch.from_numpy(self.counts > 0)
+
+    def _read_windows(self) -> None:
+        longest = max(map(len, self.windows))
+        padding = torch.tensor([longest - len(window) for window in self.windows])
+        weight = self.model.embedding.weight
+        self.cache = KVCache(
+            self.model.config, len(self.windows), weight.device, weight.dtype, padding.to(weight.device)
+        )
+        self._forward([[0] * (longest - len(window)) + list(window) for window in self.windows])
+
+    def _forward(self, ids: list[list[int]]) -> None:
+        is_training = self.model.training
+        if is_training:  # a model sampled while it trains: dropout off for this pass only
+            self.model.eval()
+        try:
+            # Entered anew for each token: a mode held across a yield would leak into the caller's code.
+            with torch.inference_mode():
+                logits = self.model(torch.tensor(ids, device=self.model.embedding.weight.device), self.cache)[:, -1]
+        finally:
+            if is_training:
+                self.model.train()
+        self.logits = logits.float().cpu()
+        if not bool(torch.isfinite(self.logits).all()):
+            raise LabError(
+                "A model that speaks has finite logits",
+                "NaN or infinite logits",
+                "its training has probably diverged: use another model, or train again with a lower learning_rate",
+            )

@@ -1,0 +1,170 @@
+"""What papermill hands to a study, checked by name, type and value before any work starts.
+
+Papermill hands strings for ``true``, ``1e-3`` and lists, and lets unknown names pass; here each becomes the right value or a
+clear error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+from tinylm.config import TOKENIZERS, DataConfig, _Config, _nearest
+from tinylm.errors import ConfigError
+
+# Names that a notebook's own machinery puts beside the parameters.
+_KERNEL_NAMES = {"In", "Out", "exit", "quit", "get_ipython", "open", "papermill"}
+_YES, _NO = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
+
+
+def repository() -> Path:
+    """The folder that holds ``labs``, ``studies`` and ``results``: where the installed package's source lies."""
+    return Path(__file__).resolve().parents[2]
+
+
+def given(namespace: dict[str, object]) -> dict[str, object]:
+    """The parameters among the names of a notebook that has run nothing but its parameters cell."""
+    return {
+        name: value
+        for name, value in namespace.items()
+        if not name.startswith("_")
+        and name not in _KERNEL_NAMES
+        and not isinstance(value, types.ModuleType)
+        and not callable(value)
+    }
+
+
+Kind = typing.TypeVar("Kind", bound=_Config)
+
+
+def validate(namespace: dict[str, object], kind: type[Kind]) -> Kind:
+    """The parameters in ``namespace`` (a notebook's ``globals()``) as a checked ``kind``. Strings become what the field's type
+    asks for; unknown names, wrong types and values out of range raise ConfigError."""
+    hints = typing.get_type_hints(kind)
+    names = [field.name for field in dataclasses.fields(kind)]
+    values = {}
+    for name, value in given(namespace).items():
+        if name not in names:
+            raise ConfigError("A study takes only its own parameters", f"{name}={value!r}", _nearest(name, names))
+        values[name] = _from_text(name, value, hints[name]) if isinstance(value, str) else value
+    return kind(**values)
+
+
+def _from_text(name: str, text: str, hint: object) -> object:
+    """What a string stands for where the field is not a string."""
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if str in allowed:
+        return text
+    if hint == tuple[float, ...]:
+        return _numbers(text)
+    word = text.strip().lower()
+    if type(None) in allowed and word in ("", "none", "null"):
+        return None
+    if bool in allowed and word in _YES | _NO:
+        return word in _YES
+    try:
+        if int in allowed and float(word).is_integer():
+            return int(float(word))
+        if float in allowed:
+            return float(word)
+    except (ValueError, OverflowError):
+        pass
+    return text  # the type check, or the list below, says what is wrong
+
+
+def _numbers(text: str) -> object:
+    """The list in text such as "10, 60" or "[1e11, 2e11]"; the text itself where it is none, for the type check to refuse."""
+    try:
+        return json.loads(text if text.strip().startswith("[") else f"[{text}]")
+    except json.JSONDecodeError:
+        return text
+
+
+@dataclass(frozen=True)
+class StudyParameters(_Config):
+    """What every study can be asked.
+
+    text: a name from tinylm.corpora.NAMES or a path; empty is ``verse``, and for the smoke preset the generated ``zipf-markov``,
+    which needs no network. results_dir: where records, tables, figures and the report go, relative to the repository; empty is
+    a folder in results/local named after the study, with the preset and the text in its name where they are not the usual ones.
+    workers: processes that train side by side; 0 is one a core.
+    """
+
+    text: str = ""
+    preset: str = "full"
+    vocab_size: int = 512
+    results_dir: str = ""
+    workers: int = 0
+    seed: int = 0
+
+    study: typing.ClassVar[str] = ""
+    presets: typing.ClassVar[tuple[str, ...]] = ("smoke", "full")
+    usual_preset: typing.ClassVar[str] = "full"
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        self._one_of("preset", self.presets)
+        for name in ("workers", "seed"):
+            value = getattr(self, name)
+            self._require(value >= 0, f"{name} must not be negative", "0 is the default", **{name: value})
+        self._require(self.vocab_size >= 2, "vocab_size must be at least 2", "512 is usual", vocab_size=self.vocab_size)
+
+    @property
+    def data(self) -> DataConfig:
+        """The text that the study reads, and its tokenizer."""
+        return DataConfig(self.text or ("zipf-markov" if self.preset == "smoke" else "verse"))
+
+    @property
+    def folder(self) -> Path:
+        """Where the study writes."""
+        if self.results_dir:
+            return repository() / Path(self.results_dir).expanduser()
+        parts = [self.study]
+        if self.preset != self.usual_preset:
+            parts.append(self.preset)
+        if self.text and self.text != "verse":
+            parts.append("".join(c if c.isalnum() else "-" for c in Path(self.text).stem.lower()) or "text")
+        return repository() / "results" / "local" / "-".join(parts)
+
+
+@dataclass(frozen=True)
+class RecipeParameters(StudyParameters):
+    """What can be asked of studies/recipe.ipynb."""
+
+    study: typing.ClassVar[str] = "recipe"
+
+
+@dataclass(frozen=True)
+class QuickstartParameters(StudyParameters):
+    """What can be asked of studies/quickstart.ipynb, besides what every study takes.
+
+    tokenizer: its kind. field: the key of the text in a jsonl file. minutes: for how long the next run may train; the study
+    plans one run for each.
+    """
+
+    preset: str = "quick"
+    tokenizer: str = "bpe"
+    field: str = ""
+    minutes: tuple[float, ...] = (10.0, 60.0)
+
+    study: typing.ClassVar[str] = "quickstart"
+    presets: typing.ClassVar[tuple[str, ...]] = ("smoke", "quick", "full")
+    usual_preset: typing.ClassVar[str] = "quick"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._one_of("tokenizer", TOKENIZERS)
+        self._require(
+            len(self.minutes) > 0 and min(self.minutes) > 0,
+            "minutes must be one or more positive numbers",
+            "write 10 or [10, 60]",
+            minutes=self.minutes,
+        )
+
+    @property
+    def data(self) -> DataConfig:
+        return dataclasses.replace(super().data, tokenizer=self.tokenizer, field=self.field or None)

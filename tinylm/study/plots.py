@@ -1,0 +1,495 @@
+"""Figures of scaling studies: a DataFrame or a Fit in, matplotlib Axes out.
+
+Every function draws into the ``ax`` it is given, or into a figure of its own (``ax.figure``) that no global state holds
+on to. One style (``style``): colours that the colour-blind can tell apart (Okabe and Ito 2008), markers that differ as
+well, units on every axis. N parameters, D tokens, C FLOPs, L loss in nats per token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib import ticker
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from tinylm.study.scaling import Fit, best_learning_rate
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+GREY = "#666666"
+LOSS = "validation loss (nats/token)"
+PARAMS = "parameters N"
+TOKENS = "training tokens D"
+FLOPS = "training compute C (FLOPs)"
+RATE = "learning rate"
+_RC = {
+    "figure.dpi": 100,
+    "savefig.dpi": 150,
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.labelsize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5.5,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "axes.prop_cycle": mpl.cycler(color=COLOURS),
+    "svg.hashsalt": "tinylm",  # the same figure gives the same bytes
+}
+
+
+@contextlib.contextmanager
+def style() -> Iterator[None]:
+    """The lab's one look, as a context: ``with style(): ...``. Every function here draws in it by itself."""
+    with mpl.rc_context(_RC):
+        yield
+
+
+def _styled(draw: Callable) -> Callable:
+    @functools.wraps(draw)
+    def inside(*args, **kwargs):
+        with style():
+            return draw(*args, **kwargs)
+
+    return inside
+
+
+def _axes(ax: Axes | None, size: tuple[float, float] = (6.4, 4.2)) -> Axes:
+    return Figure(figsize=size, layout="constrained").subplots() if ax is None else ax
+
+
+def _panels(ax: object, count: int, size: tuple[float, float]) -> list[Axes]:
+    """``ax`` as a list of panels; a new figure with ``count`` of them side by side where it is None."""
+    if ax is None:
+        ax = Figure(figsize=(size[0] * count, size[1]), layout="constrained").subplots(1, count, squeeze=False)
+    return list(np.ravel(ax))
+
+
+# --------------------------------------------------------------------------------------------------------------- ticks
+
+
+class _LogTicks(ticker.Locator):
+    """Few, round, labelled ticks on a log axis, also where it spans less than a decade."""
+
+    def __call__(self) -> np.ndarray:
+        return self.tick_values(*sorted(self.axis.get_view_interval()))
+
+    def tick_values(self, vmin: float, vmax: float) -> np.ndarray:
+        powers = np.arange(np.floor(np.log10(vmin)), np.ceil(np.log10(vmax)) + 1)
+        powers = powers[:: max(1, len(powers) // 7)]
+        for mantissas in ([1], [1, 3], [1, 2, 5], [1, 2, 3, 5, 7]):
+            ticks = np.outer(10.0**powers, mantissas).ravel()
+            ticks = ticks[(ticks >= vmin * 0.9999) & (ticks <= vmax * 1.0001)]
+            if len(ticks) >= 3:
+                return ticks
+        ticks = np.asarray(ticker.MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]).tick_values(vmin, vmax))
+        return ticks[(ticks >= vmin * 0.9999) & (ticks <= vmax * 1.0001) & (ticks > 0)]
+
+
+def quantity(value: float, _position: object = None) -> str:
+    """A count in short: 950, 20k, 1.5M, 3B."""
+    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= 0.9995 * unit:
+            return f"{value / unit:.3g}{name}"
+    return f"{value:.3g}"
+
+
+def power_of_ten(value: float, _position: object = None) -> str:
+    """A large number in mathtext: 10^11, 2x10^11."""
+    if value <= 0:
+        return f"{value:g}"
+    exponent = int(np.floor(np.log10(value) + 1e-9))
+    mantissa = f"{value / 10.0**exponent:.2g}"
+    return rf"$10^{{{exponent}}}$" if mantissa == "1" else rf"${mantissa}\times 10^{{{exponent}}}$"
+
+
+def _plain(value: float, _position: object = None) -> str:
+    return f"{value:.4g}"
+
+
+def _log(ax: Axes, axis: str, label: str, written: Callable = quantity) -> None:
+    """Make ``axis`` ("x" or "y") logarithmic, with ticks a reader can read."""
+    getattr(ax, f"set_{axis}scale")("log")
+    getattr(ax, f"set_{axis}label")(label)
+    side = getattr(ax, f"{axis}axis")
+    side.set_major_locator(_LogTicks())
+    side.set_major_formatter(ticker.FuncFormatter(written))
+    side.set_minor_formatter(ticker.NullFormatter())
+
+
+def _colour(index: int, count: int) -> object:
+    """Okabe-Ito while they last; beyond, an even walk through viridis (without its pale end)."""
+    return COLOURS[index] if count <= len(COLOURS) else mpl.colormaps["viridis"](0.9 * index / (count - 1))
+
+
+def _marker(index: int) -> str:
+    return MARKERS[index % len(MARKERS)]
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
+@_styled
+def isoflop(
+    frame: pd.DataFrame,
+    minima: pd.DataFrame | None = None,
+    ax: Axes | None = None,
+    budget: str = "budget",
+    params: str = "params_total",
+    loss: str = "val_loss",
+) -> Axes:
+    """Loss against size at equal compute: each size at its best learning rate, a parabola a budget, a star at its
+    minimum (hollow where it is not inside the sizes tried), with its 95 % interval where ``minima`` has one."""
+    ax = _axes(ax, (6.8, 4.4))
+    best = best_learning_rate(frame, (budget, params), loss=loss) if "learning_rate" in frame else frame
+    families = list(best.groupby(budget))
+    for i, (flops, family) in enumerate(families):
+        family = family.groupby(params, as_index=False)[loss].mean()
+        N, L = family[params].to_numpy(float), family[loss].to_numpy(float)
+        colour = _colour(i, len(families))
+        ax.plot(N, L, _marker(i), color=colour, label=power_of_ten(flops))
+        if len(N) >= 3:
+            grid = np.linspace(np.log(N[0]), np.log(N[-1]), 100)
+            middle = np.log(N).mean()
+            ax.plot(np.exp(grid), np.polyval(np.polyfit(np.log(N) - middle, L, 2), grid - middle), color=colour)
+        rows = minima[minima[budget] == flops] if minima is not None else ()
+        for _, row in rows.iterrows() if len(rows) else ():
+            if "params_low" in row and np.isfinite(row["params_low"]):
+                ends = [row["params_low"], row["params_high"]]
+                ax.plot(ends, [row["loss_min"]] * 2, color=colour, linewidth=5, alpha=0.3, solid_capstyle="butt")
+            ax.plot(
+                row["params_opt"], row["loss_min"], "*", color=colour, markersize=13, markeredgecolor="black",
+                markeredgewidth=0.8, markerfacecolor=colour if row["inside"] else "none", zorder=5,
+            )  # fmt: skip
+    _log(ax, "x", PARAMS)
+    ax.set_ylabel(LOSS)
+    _legend_beside(ax, "FLOPs")
+    return ax
+
+
+def _legend_beside(ax: Axes, title: str, handles: list | None = None) -> None:
+    """A legend to the right of the axes, where it can hide nothing."""
+    entries = len(handles or ax.get_legend_handles_labels()[0])
+    place = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "borderaxespad": 0.2}
+    ax.legend(handles=handles, title=title, ncols=1 + (entries - 1) // 10, columnspacing=1.0, **place)
+
+
+@_styled
+def law(
+    fit: Fit,
+    ax: Axes | None = None,
+    x: str = PARAMS,
+    y: str = LOSS,
+    label: str | None = None,
+    errors: tuple[Sequence[float], Sequence[float]] | None = None,
+    extend: float = 2.0,
+    colour: str = COLOURS[0],
+) -> Axes:
+    """A law in one variable with its rows and its 95 % bootstrap band, on log axes. The line goes on, dashed, to
+    ``extend`` times the largest x. ``errors`` are low and high ends of an interval of each row."""
+    ax = _axes(ax)
+    seen, observed = fit.data["x"].to_numpy(float), fit.data["observed"].to_numpy(float)
+    if errors is not None:
+        ax.vlines(seen, *errors, color=colour, linewidth=4, alpha=0.35)
+    ax.plot(seen, observed, "o", color=colour, zorder=3)
+    inside = np.geomspace(seen.min(), seen.max(), 60)
+    beyond = np.geomspace(seen.max(), seen.max() * extend, 30)
+    for grid, dashes in ((inside, "-"), (beyond, "--")):
+        curve = fit.predict(grid)
+        ax.plot(grid, curve.iloc[:, 0], dashes, color=colour, label=label if dashes == "-" else None)
+        if np.isfinite(curve["low"]).all():
+            ax.fill_between(grid, curve["low"], curve["high"], color=colour, alpha=0.18, linewidth=0)
+    if fit.params.get("E", 0) > 0.5 * observed.min():
+        ax.axhline(fit.params["E"], color=GREY, linewidth=1, linestyle=":")
+        ax.annotate(
+            f"floor {fit.params['E']:.2f}", (seen.min(), fit.params["E"]), (2, 2), textcoords="offset points",
+            color=GREY, fontsize=9,
+        )  # fmt: skip
+    _log(ax, "x", x, power_of_ten if "FLOP" in x else quantity)
+    _log(ax, "y", y, _plain if "loss" in y else quantity)
+    if label:
+        ax.legend(loc="best")
+    return ax
+
+
+@_styled
+def frontier(minima: pd.DataFrame, fit: Fit, what: str = "params_opt", ax: Axes | None = None) -> Axes:
+    """A law of the isoFLOP minima (``what`` is params_opt, tokens_opt or loss_min) against compute, with its band, the
+    minima's own intervals where they are known, and the minima no law uses as hollow marks."""
+    label = {"params_opt": "best size $N_{opt}$ (parameters)", "tokens_opt": "best length $D_{opt}$ (tokens)"}.get(
+        what, LOSS
+    )
+    colour = {"params_opt": COLOURS[0], "tokens_opt": COLOURS[2]}.get(what, COLOURS[1])
+    inside = minima[minima["inside"]]
+    low, high = (f"{what.split('_')[0]}_{end}" for end in ("low", "high"))
+    errors = (inside[low], inside[high]) if low in inside and len(inside) == len(fit.data) else None
+    if fit.form == "growth":
+        words = rf"${what[0].replace('p', 'N').replace('t', 'D')}_{{opt}} \propto C^{{{fit.params['a']:.2f}}}$"
+    else:
+        words = rf"$L \propto C^{{-{fit.params['alpha']:.3f}}}$"
+    low, high = fit.intervals.get("a", fit.intervals.get("alpha", (np.nan, np.nan)))
+    if np.isfinite(low):
+        words += f"  [{low:.2f}, {high:.2f}]" if fit.form == "growth" else f"  [{low:.3f}, {high:.3f}]"
+    ax = law(fit, ax=ax, x=FLOPS, y=label, label=words, errors=errors, colour=colour)
+    outside = minima[~minima["inside"]]
+    ax.plot(outside["budget"], outside[what], "o", color=colour, markerfacecolor="none")
+    return ax
+
+
+@_styled
+def surface(
+    fit: Fit,
+    runs: pd.DataFrame | None = None,
+    ax: Axes | None = None,
+    planned: object = None,
+    params: str = "params_total",
+    tokens: str = "tokens_seen",
+) -> Axes:
+    """Contours of L(N, D) with the runs, the compute-optimal frontier (under C = 6 N D, with its bootstrap band) and
+    the planned run, if any: a Plan, or an (N, D) pair."""
+    ax = _axes(ax, (6.8, 4.8))
+    N, D = (runs[params], runs[tokens]) if runs is not None else (fit.data["params"], fit.data["tokens"])
+    N, D = np.asarray(N, float), np.asarray(D, float)
+    if planned is not None:
+        planned = (planned.params, planned.tokens) if hasattr(planned, "params") else tuple(planned)
+    reach = [
+        (v.min(), v.max() if planned is None else max(v.max(), p))
+        for v, p in zip((N, D), planned or (0, 0), strict=True)
+    ]
+    grids = [np.geomspace(low / 1.5, high * 1.7, 80) for low, high in reach]
+    n, d = np.meshgrid(*grids)
+    L = fit.predict(n, d)["loss"].to_numpy().reshape(n.shape)
+    levels = ticker.MaxNLocator(11, steps=[1, 2, 2.5, 5, 10]).tick_values(L.min(), np.quantile(L, 0.97))
+    lines = ax.contour(n, d, L, levels=levels, cmap="viridis_r", linewidths=1.1)
+    ax.clabel(lines, fontsize=8, fmt="%.4g")
+    flops = np.geomspace(6 * reach[0][0] * reach[1][0] / 4, 6 * reach[0][1] * reach[1][1] * 4, 60)
+    best = fit.optimal(flops)
+    ax.plot(best["params"], best["tokens"], color="black", linestyle="--", label="best for its compute (6ND)")
+    if "params_low" in best:  # each end of the interval lies on its own line of equal compute
+        ends = pd.concat([best["params_low"], best["params_high"][::-1]]).to_numpy()
+        ax.fill(ends, np.concatenate([flops, flops[::-1]]) / 6 / ends, color="black", alpha=0.1, linewidth=0)
+    ax.plot(N, D, "o", color=COLOURS[0], markersize=4.5, markeredgecolor="white", markeredgewidth=0.5, label="runs")
+    if planned is not None:
+        ax.plot(*planned, "*", color=COLOURS[1], markersize=17, markeredgecolor="black", zorder=5, label="planned run")
+    _log(ax, "x", PARAMS)
+    _log(ax, "y", TOKENS)
+    ax.set_xlim(grids[0][0], grids[0][-1])
+    ax.set_ylim(grids[1][0], grids[1][-1])
+    ax.set_title(f"contours: {LOSS}")
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
+    return ax
+
+
+@_styled
+def learning_rates(
+    frame: pd.DataFrame,
+    ax: object = None,
+    budget: str = "budget",
+    params: str = "params_total",
+    rate: str = "learning_rate",
+    loss: str = "val_loss",
+) -> object:
+    """Loss against learning rate for every size, with the parabola and its vertex (a star, hollow at an edge of the
+    rates tried). One panel a budget where ``ax`` is an array of axes (or None); a single Axes takes all. Diverged runs
+    are crosses at the upper rim. Returns ``ax``, or the list of new axes."""
+    budgets = sorted(frame[budget].unique())
+    panels = _panels(ax, len(budgets), (3.6, 3.4))
+    shared = len(panels) == 1
+    chosen = [budgets] if shared else [[b] for b in budgets]
+    sizes = sorted(frame[params].unique())
+    best = best_learning_rate(frame, (budget, params), rate, loss)
+    for panel, own in zip(panels, chosen, strict=False):
+        for (flops, size), group in frame[frame[budget].isin(own)].groupby([budget, params]):
+            index = sizes.index(size)
+            colour = _colour(index, len(sizes))
+            means = group.groupby(rate)[loss].mean()
+            panel.plot(means.index, means, _marker(index), color=colour)
+            lost = means.index[~np.isfinite(means.to_numpy(float))]
+            if len(lost):
+                rim = panel.get_xaxis_transform()  # x in data, y in parts of the axes
+                panel.plot(lost, np.full(len(lost), 0.97), "x", color=colour, transform=rim)
+            row = best[(best[budget] == flops) & (best[params] == size)]
+            if not len(row):
+                continue
+            row = row.iloc[0]
+            if row["fitted"]:
+                reach = np.log(means.index.to_numpy(float) / row[rate])
+                x = np.linspace(max(reach.min(), -1.6), min(reach.max(), 1.6), 50)
+                panel.plot(row[rate] * np.exp(x), row[loss] + row["curvature"] * x**2, color=colour, linewidth=1.2)
+            panel.plot(
+                row[rate], row[loss], "*", color=colour, markersize=12, markeredgecolor="black", markeredgewidth=0.6,
+                markerfacecolor="none" if row["edge"] else colour, zorder=5,
+            )  # fmt: skip
+        _log(panel, "x", RATE, _plain)
+        panel.set_title(", ".join(power_of_ten(b) for b in own) + " FLOPs")
+        panel.margins(y=0.12)
+    panels[0].set_ylabel(LOSS)
+    handles = [
+        Line2D([], [], color=_colour(i, len(sizes)), marker=_marker(i), label=quantity(size))
+        for i, size in enumerate(sizes)
+    ]
+    _legend_beside(panels[len(chosen) - 1], PARAMS, handles)
+    return panels if ax is None else ax
+
+
+@_styled
+def variants(frame: pd.DataFrame, ax: Axes | None = None, by: str = "variant", loss: str = "val_loss") -> Axes:
+    """Loss against learning rate for each of some variants: a dot a run, a line through the means of the seeds."""
+    ax = _axes(ax, (7.0, 4.2))
+    groups = list(frame.groupby(by, sort=False))
+    for i, (name, group) in enumerate(groups):
+        colour = _colour(i, len(groups))
+        means = group.groupby("learning_rate")[loss].mean()
+        ax.plot(group["learning_rate"], group[loss], _marker(i), color=colour, alpha=0.35, markersize=4)
+        ax.plot(means.index, means, _marker(i), linestyle="-", color=colour, label=name)
+    _log(ax, "x", RATE, _plain)
+    ax.set_ylabel(LOSS)
+    _legend_beside(ax, by)
+    return ax
+
+
+@_styled
+def residuals(fit: Fit, ax: object = None) -> object:
+    """What the fit leaves over, in percent of the loss, against each of its inputs (a panel each; a single Axes takes
+    the first): a trend or a funnel here is a law that does not hold. Returns ``ax``, or the list of new axes."""
+    names = [name for name in ("params", "tokens", "x") if name in fit.data]
+    panels = _panels(ax, len(names), (3.8, 3.2))
+    left = 100 * np.expm1(fit.data["residual"].to_numpy(float))
+    for panel, name in zip(panels, names, strict=False):
+        panel.axhline(0, color=GREY, linewidth=1)
+        panel.plot(fit.data[name], left, "o", color=COLOURS[0], alpha=0.8)
+        _log(panel, "x", {"params": PARAMS, "tokens": TOKENS}.get(name, name))
+        most = 1.15 * np.abs(left).max() or 1.0
+        panel.set_ylim(-most, most)
+    panels[0].set_ylabel("observed above predicted (%)")
+    return panels if ax is None else ax
+
+
+@_styled
+def forecast(forecasts: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Sealed forecasts (``forecasts.load``), one a line, oldest above: the predicted loss with its 95 % interval, and
+    the loss observed; those that missed are marked, those that wait say so."""
+    ax = _axes(ax, (6.8, 1.2 + 0.45 * max(1, len(forecasts))))
+    for i, row in enumerate(forecasts.itertuples()):
+        ax.plot([row.low, row.high], [i, i], color=COLOURS[0], linewidth=6, alpha=0.3, solid_capstyle="butt")
+        ax.plot(row.loss, i, "|", color=COLOURS[0], markersize=13, markeredgewidth=2)
+        if row.scored:
+            missed = not row.inside
+            ax.plot(
+                row.observed,
+                i,
+                "X" if missed else "o",
+                color=COLOURS[1] if missed else COLOURS[2],
+                markersize=7,
+                zorder=3,
+            )
+        words = f"{row.error_percent:+.2f} %" if row.scored else "not yet scored"
+        ax.annotate(
+            words, (1.01, i), xycoords=("axes fraction", "data"), va="center", fontsize=9, annotation_clip=False
+        )
+    names = [f"{row.study}, {quantity(row.params_total)} x {quantity(row.tokens)}" for row in forecasts.itertuples()]
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    ax.grid(axis="y", visible=False)
+    ax.set_xlabel(LOSS)
+    handles = [
+        Line2D([], [], color=COLOURS[0], marker="|", markersize=11, linewidth=5, alpha=0.5, label="forecast, 95 %"),
+        Line2D([], [], color=COLOURS[2], marker="o", linestyle="none", label="observed"),
+        Line2D([], [], color=COLOURS[1], marker="X", linestyle="none", label="observed, missed"),
+    ]
+    ax.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+    return ax
+
+
+@_styled
+def seeds(frame: pd.DataFrame, ax: Axes | None = None, loss: str = "val_loss", by: str | None = None) -> Axes:
+    """Losses of runs that differ in their seed alone: a dot a run, the mean and one standard deviation either way.
+    ``by`` names a column that puts groups on lines of their own."""
+    groups = [("", frame)] if by is None else list(frame.groupby(by, sort=False))
+    ax = _axes(ax, (6.8, 1.2 + 0.55 * len(groups)))
+    for i, (_, group) in enumerate(groups):
+        losses = np.sort(group[loss].dropna().to_numpy(float))
+        mean, spread = losses.mean(), losses.std(ddof=1) if len(losses) > 1 else 0.0
+        ax.plot(
+            [mean - spread, mean + spread], [i, i], color=COLOURS[0], linewidth=10, alpha=0.25, solid_capstyle="butt"
+        )
+        ax.plot([mean, mean], [i - 0.28, i + 0.28], color=COLOURS[0])
+        lift = 0.12 * (np.arange(len(losses)) % 3 - 1)  # neighbours do not hide one another
+        ax.plot(losses, i + lift, "o", color=COLOURS[1], markersize=5, markeredgecolor="white", markeredgewidth=0.5)
+        words = f"{mean:.3f} ± {spread:.3f}"
+        ax.annotate(
+            words, (1.01, i), xycoords=("axes fraction", "data"), va="center", fontsize=9, annotation_clip=False
+        )
+    if by is None:
+        ax.set_yticks([])
+    else:
+        ax.set_yticks(range(len(groups)), [str(name) for name, _ in groups])
+    ax.set_ylim(len(groups) - 0.4, -0.6)
+    ax.margins(x=0.1)
+    ax.grid(axis="y", visible=False)
+    ax.set_xlabel(LOSS)
+    return ax
+
+
+@_styled
+def data_limited(
+    frame: pd.DataFrame,
+    fit: Fit | None = None,
+    ax: Axes | None = None,
+    unique: str = "unique_tokens",
+    loss: str = "val_loss",
+    train: str = "train_loss",
+) -> Axes:
+    """L(D): loss on validation and on training text against the distinct tokens there were to learn from, best run of
+    each amount, with the fitted law and its band. The gap between the two is what was learnt by heart."""
+    ax = _axes(ax)
+    best = frame.loc[frame.dropna(subset=[loss]).groupby(unique)[loss].idxmin()].sort_values(unique)
+    if fit is not None:
+        law(fit, ax=ax, x="distinct training tokens D", colour=COLOURS[0])
+        bend = best[unique].to_numpy(float)
+        ax.plot(bend, best[loss], "o", color=COLOURS[0], label="validation")
+    else:
+        ax.plot(best[unique], best[loss], "o-", color=COLOURS[0], label="validation")
+    if train in best:
+        ax.plot(best[unique], best[train], "s--", color=COLOURS[1], markersize=4.5, linewidth=1.2, label="training")
+    _log(ax, "x", "distinct training tokens D")
+    _log(ax, "y", "loss (nats/token)", _plain)
+    ax.legend(loc="best")
+    return ax
+
+
+@_styled
+def curves(frame: pd.DataFrame, ax: Axes | None = None, by: str = "run_id", title: str | None = None) -> Axes:
+    """Loss against tokens while training: validation as lines, training (where there is a ``train_loss``) thin behind.
+    frame: one row an evaluation, with ``tokens``, ``val_loss`` and ``by``, which tells the runs apart."""
+    ax = _axes(ax, (6.8, 4.2))
+    groups = list(frame.groupby(by, sort=False))
+    for i, (name, group) in enumerate(groups):
+        group = group[group["tokens"] > 0].sort_values("tokens")
+        colour = _colour(i, len(groups))
+        ax.plot(
+            group["tokens"],
+            group["val_loss"],
+            color=colour,
+            label=quantity(name) if isinstance(name, float) else str(name),
+        )
+        if "train_loss" in group:
+            ax.plot(group["tokens"], group["train_loss"], color=colour, linewidth=0.9, alpha=0.55)
+    _log(ax, "x", TOKENS)
+    ax.set_ylabel("loss (nats/token)" if "train_loss" in frame else LOSS)
+    _legend_beside(ax, title or by)
+    return ax

@@ -1,0 +1,667 @@
+"""The quickstart study, step by step: what studies/quickstart.ipynb narrates.
+
+``begin`` looks at the text and returns one of two studies with the same steps. ``ComputeStudy`` measures how loss falls with
+parameters, data and compute; ``DataStudy`` serves a text too small for that, and measures how loss falls with the amount of
+text when a model may read it more than once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass
+
+import pandas as pd
+from scipy import stats
+
+from tinylm import counts, files
+from tinylm.config import GenerateConfig
+from tinylm.errors import TextError
+from tinylm.study import forecasts, planner, plots, scaling
+from tinylm.study.design import (
+    LADDER,
+    Point,
+    Recipe,
+    best_runs,
+    bracket,
+    isoflop_point,
+    isoflop_points,
+    rung_sizes,
+    tune,
+)
+from tinylm.study.parameters import QuickstartParameters, repository
+from tinylm.study.report import Report, duration, interval, quantity
+from tinylm.study.runs import Folder, Run, about_corpus, prepare_corpus
+from tinylm.study.sweep import sweep, worker_pool
+
+SMALLEST_TEXT = 2_000_000  # bytes; below it the runs of an isoFLOP family would repeat the text many times
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How much a preset measures. budgets: FLOPs of the isoFLOP families; sizes: rungs in each; moves: how often a bracket of
+    learning rates, or a family's range of sizes, may move outward; seeds: runs that measure the noise; beyond: how many times
+    the largest budget the sealed forecast reaches; bootstrap: resamples of a fit; amounts: parts of a small text that are
+    fitted, the whole being forecast; epochs: how often a small text may be read at most."""
+
+    budgets: tuple[float, ...]
+    sizes: int = 5
+    moves: int = 3
+    seeds: int = 8
+    beyond: float = 4.0
+    bootstrap: int = 1000
+    amounts: tuple[float, ...] = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
+    epochs: int = 8
+
+
+PRESETS = {
+    "smoke": Preset(
+        (1e9, 2e9, 4e9), sizes=3, moves=1, seeds=3, bootstrap=100, amounts=(1 / 16, 1 / 8, 1 / 4), epochs=2
+    ),
+    "quick": Preset((1e11, 2e11, 4e11)),
+    "full": Preset((1e11, 2e11, 4e11, 8e11, 1.6e12, 3.2e12)),
+}
+
+
+LAW_AXES = {
+    "L(N) at equal tokens": plots.PARAMS,
+    "L(D) at equal size": plots.TOKENS,
+    "L(C) at the best size": plots.FLOPS,
+}
+
+
+def begin(settings: QuickstartParameters) -> Study:
+    """The study that suits the text. Prepares the text, unless all that is known of it stands in the results folder."""
+    probe = Run(*_probe(settings.vocab_size), settings.data)
+    known = Folder(settings.folder).corpus(probe)
+    if known is None:
+        known = about_corpus(prepare_corpus(probe, progress=True))
+    kind = ComputeStudy if sum(known["bytes"].values()) >= SMALLEST_TEXT else DataStudy
+    return kind(settings, known)
+
+
+def _probe(vocab_size: int):
+    """Some run over the text: enough to ask a results folder what it knows of it."""
+    recipe = Recipe()
+    model = recipe.model(LADDER[0], vocab_size)
+    return model, recipe.train(model, 1e5, 0.01)
+
+
+class Study:
+    """What both studies share: the text, the report, the sweeps, the noise, the samples."""
+
+    title = ""
+
+    def __init__(self, settings: QuickstartParameters, corpus: dict):
+        self.settings, self.data, self.corpus = settings, settings.data, corpus
+        self.preset, self.recipe, self.folder = PRESETS[settings.preset], Recipe(), settings.folder
+        self.workers = settings.workers or None
+        self.report = Report(self.folder, self.title.format(text=corpus["name"]))
+        self.findings: list[str] = []
+        self._pool = worker_pool(self.workers)
+        self._executor = None
+
+    # Training -------------------------------------------------------------------------------------------------------------
+
+    def model(self, shape: tuple[int, int, int]):
+        return self.recipe.model(shape, self.settings.vocab_size)
+
+    def train(self, runs: list[Run], **options) -> pd.DataFrame:
+        """Records of the runs, trained where there are none yet; the workers stay for the whole study."""
+        if self._executor is None:
+            self._executor = self._pool.__enter__()
+        return sweep(runs, self.folder, executor=self._executor, **options)
+
+    def runs_at(self, point: Point, rates: list[float], seed: int | None = None, **changes) -> list[Run]:
+        model = self.model(point.shape)
+        seed = self.settings.seed if seed is None else seed
+        tags = {"family": point.family, "budget": point.budget}
+        return [
+            Run(model, self.recipe.train(model, point.tokens, rate, seed, **changes), self.data, tags) for rate in rates
+        ]
+
+    def first_rates(self, point: Point) -> list[float]:
+        return bracket(self.recipe.learning_rate(counts.parameters(self.model(point.shape))["total"]))
+
+    # Telling --------------------------------------------------------------------------------------------------------------
+
+    def describe_text(self) -> None:
+        """What was read, and how it is split and cut into tokens."""
+        facts, split = self.corpus, self.corpus["bytes"]
+        total, tokens = sum(split.values()), facts["tokens"]
+        source = ", ".join(str(v) for k, v in facts["provenance"].items() if k in ("source", "licence") and v)
+        self.report.section("The text")
+        self.report.text(
+            f"**{facts['name']}**, {total / 1e6:.1f} MB{f' ({source})' if source else ''}. Of it {split['train'] / total:.0%} "
+            f"train the models, {split['val'] / total:.0%} judge them, and the rest is kept for a last test; the parts are "
+            f"contiguous blocks. A {self.data.tokenizer} tokenizer of {self.settings.vocab_size} pieces, trained on the "
+            f"training part alone, cuts it into {quantity(tokens['train'])} training tokens of "
+            f"{split['train'] / tokens['train']:.2f} bytes each. Loss is in nats per token of the validation part; a guess "
+            f"at random would lose {math.log(self.settings.vocab_size):.2f}."
+        )
+
+    def describe_recipe(self) -> None:
+        """The frozen recipe, and where its evidence is."""
+        recipe = self.recipe
+        self.report.section("The recipe")
+        self.report.text(
+            "Every run has the same recipe: RMSNorm before each part, SwiGLU, RoPE, multi-head attention, tied "
+            f"embeddings; windows of {recipe.seq_len} tokens; weights drawn with the spread that their width asks for "
+            f"(`init={recipe.init!r}`); AdamW with weight decay {recipe.weight_decay:g} and beta2 {recipe.beta2:g}; warmup over "
+            f"as many tokens as the model has parameters, at most {recipe.warmup_share:.0%} of the run, then a cosine to zero "
+            f"that ends where the run ends; {recipe.batch_tokens_base:g} tokens a step for 300,000 tokens of training, growing "
+            "with the square root of the tokens. These were chosen by measurement before this study and then frozen: the "
+            "evidence is in [results/recipe](../recipe/README.md)."
+            if self.folder == repository() / "results" / self.folder.name
+            else "Every run has the recipe that was chosen by measurement on `verse` and frozen: see results/recipe/README.md in "
+            "the repository."
+        )
+
+    def train_seeds(self, run: Run) -> pd.DataFrame:
+        """The same run with ``preset.seeds`` seeds."""
+        seeds = range(self.settings.seed, self.settings.seed + self.preset.seeds)
+        runs = [
+            dataclasses.replace(run, train=run.train.replace(seed=seed), tags={"family": "seeds"}) for seed in seeds
+        ]
+        return self.train(runs)
+
+    def show_noise(self, frame: pd.DataFrame) -> None:
+        self.noise = frame
+        n, sd = len(frame), frame.val_loss.std()
+        low, high = (sd * math.sqrt((n - 1) / stats.chi2.ppf(q, n - 1)) for q in (0.95, 0.05))
+        self.seed_sd = sd
+        self.report.section("How much luck there is")
+        self.report.text(
+            f"The same run with {n} seeds ({frame.hidden_size.iloc[0]} x {frame.num_layers.iloc[0]}, "
+            f"{quantity(frame.tokens_seen.iloc[0])} tokens): the standard deviation of the loss is **{sd:.4f} nats** (90 % "
+            f"interval {interval(low, high, '.4f')}). Differences below twice that are no differences."
+        )
+        self.report.figure("seeds", f"{n} seeds of one run", lambda ax: plots.seeds(frame, ax=ax), size=(7, 2.2))
+        table = pd.DataFrame(
+            [{"runs": n, "mean": frame.val_loss.mean(), "sd": sd, "sd_low_90": low, "sd_high_90": high}]
+        )
+        files.write_whole(self.folder / "tables" / "seeds.csv", table.to_csv(index=False))
+        self.findings.append(f"Two runs that differ in their seed alone differ by about {sd:.3f} nats (sd).")
+
+    def task(self, run: Run):
+        """The run as the results folder identifies it."""
+        return Folder(self.folder).task(run)
+
+    def seal_and_score(self, run: Run, target: dict, prediction: dict, fit: scaling.Fit, what: str) -> None:
+        """Seal a forecast before its run exists, train the run, and hold the one against the other."""
+        folder = self.folder.parent / "forecasts"
+        earlier = forecasts.load(folder)
+        earlier = earlier[(earlier.run_id == target["run_id"]) & (earlier.study == self.folder.name)]
+        if len(earlier):  # sealed by an earlier start of this study: that one counts
+            sealed = folder / f"{earlier['name'].iloc[0]}.json"
+            prediction = earlier.iloc[0]
+        else:
+            sealed = forecasts.seal(
+                folder, study=self.folder.name, target=target, prediction=prediction, fit=fit.to_dict()
+            )
+        loss, low, high = (float(prediction[name]) for name in ("loss", "low", "high"))
+        print(f"sealed {sealed.name}: loss {loss:.3f} ({low:.3f} to {high:.3f}); its run comes now")
+        self.final = self.train([run], keep_models=True)
+        record = self.final.iloc[0]
+        score = forecasts.score(
+            folder, sealed, {"loss": record.val_loss, "time": record.started, "run_id": record.run_id}
+        )
+        kept = score["inside"]
+        self.report.section("A forecast, sealed and scored")
+        self.report.text(
+            f"Before it was trained, the loss of {what} was forecast: **{loss:.3f} nats, 95 % interval {interval(low, high)}**. "
+            f"It came out at **{record.val_loss:.3f}**: {score['error_percent']:+.2f} % off, {'inside' if kept else 'outside'} "
+            f"the interval. The seal with its time is [{sealed.name}](../forecasts/{sealed.name})."
+        )
+        table = forecasts.load(folder)
+        self.report.figure(
+            "forecast", "What was forecast and what came out",
+            lambda ax: plots.forecast(table[table.name == sealed.stem], ax=ax), size=(7, 2.4),
+        )  # fmt: skip
+        self.findings.append(
+            f"A forecast sealed before its run missed by {score['error_percent']:+.2f} % of the loss and "
+            f"{'kept' if kept else 'left'} its 95 % interval: {what}."
+        )
+
+    def show_samples(self, prompts: tuple[str, ...] = ("The ", "And ")) -> None:
+        """A page that the best model wrote."""
+        from tinylm.checkpoint import load_model
+        from tinylm.generate import generate
+
+        path = self.folder / "models" / f"{self.final.run_id.iloc[0]}.safetensors"
+        self.report.section("A page from the best model")
+        if not path.exists():
+            self.report.text("The model was not kept, so there is no page of its own here.")
+            return
+        shutil.copyfile(path, self.folder / "models" / "best.safetensors")
+        model, tokenizer, _ = load_model(path)
+        config = GenerateConfig(temperature=0.8, top_p=0.95, max_new_tokens=220, seed=self.settings.seed)
+        pages = generate(model, tokenizer, list(prompts), config)
+        for prompt, page in zip(prompts, pages, strict=True):
+            text = (prompt + page.text).strip("\n").replace("```", "'''")
+            self.report.text(
+                f"Prompt `{prompt!r}`, temperature {config.temperature}, top_p {config.top_p}:\n\n```text\n{text}\n```"
+            )
+
+    def finish(self, frames: list[pd.DataFrame]) -> None:
+        """The table of all runs, how it was made, and the report's first lines."""
+        runs = pd.concat(frames).drop_duplicates("run_id").sort_values(["flops", "run_id"])
+        columns = [
+            "run_id",
+            "family",
+            "budget",
+            "status",
+            "hidden_size",
+            "num_layers",
+            "params_total",
+            "params_non_embedding",
+        ]
+        columns += [
+            "tokens_seen",
+            "epochs",
+            "flops",
+            "batch_size",
+            "max_steps",
+            "learning_rate",
+            "seed",
+            "val_loss",
+            "val_bpb",
+        ]
+        files.write_whole(self.folder / "tables" / "runs.csv", runs[columns].to_csv(index=False, float_format="%.10g"))
+        arithmetic = (Folder(self.folder).shared("arithmetic") or {}).get("stack", {})
+        self.report.section("How this was made")
+        self.report.text(
+            f"{len(runs)} runs, {quantity(runs.flops.sum())}FLOPs, {duration(runs.seconds.sum())} of work for one core, "
+            f"on {', '.join(f'{k} {v}' for k, v in arithmetic.items())}. One JSON a run is in [runs](runs), every run in one "
+            f"table in [tables/runs.csv](tables/runs.csv). Again, from its records or for real in an empty folder: "
+            f"`python -m tinylm study --preset {self.settings.preset} --text {self.data.text} --results-dir FOLDER`."
+        )
+        self.report.summary("\n".join(f"- {line}" for line in self.findings))
+        self.report.write()
+        if self._executor is not None:
+            self._pool.__exit__(None, None, None)
+            self._executor = None
+        print(f"report: {self.folder / 'README.md'}")
+
+
+class ComputeStudy(Study):
+    """How loss falls with parameters, data and compute: isoFLOP families, laws, a sealed forecast, a plan."""
+
+    title = "What a small model learns from {text}"
+
+    def plan_sweep(self) -> None:
+        """The families and what they cost, before anything is trained."""
+        self.points = isoflop_points(self.recipe, self.settings.vocab_size, self.preset.budgets, self.preset.sizes)
+        runs = [run for point in self.points for run in self.runs_at(point, self.first_rates(point))]
+        sweep(runs, self.folder, workers=self.workers, dry_run=True)
+
+    def measure(self) -> None:
+        """Train the families; move rates, and then sizes, outward where the best lies at an edge."""
+        for _ in range(self.preset.moves + 1):
+            self.frame = tune(self.points, self.runs_at, self.first_rates, self.train, self.preset.moves)
+            beyond = self._sizes_beyond()
+            if not beyond:
+                break
+            self.points += beyond
+        self.best = best_runs(self.frame)
+
+    def _sizes_beyond(self) -> list[Point]:
+        """The next rung of each family whose best size is its smallest or largest, where the ladder has one."""
+        beyond = []
+        for budget, family in best_runs(self.frame).groupby("budget"):
+            family = family.sort_values("params_total").reset_index()
+            best, rungs = (
+                int(family.val_loss.idxmin()),
+                [LADDER.index(p.shape) for p in self.points if p.budget == budget],
+            )
+            rung = min(rungs) - 1 if best == 0 else max(rungs) + 1 if best == len(family) - 1 else -1
+            if 0 <= rung < len(LADDER):
+                beyond.append(isoflop_point(self.recipe, self.settings.vocab_size, LADDER[rung], budget))
+        return beyond
+
+    def show_learning_rates(self) -> None:
+        edges = int(self.frame.groupby("point").edge.first().sum())
+        self.lr_rule = scaling.learning_rate_rule(self.frame)
+        self.report.section("Learning rates")
+        self.report.text(
+            f"Each of {len(self.best)} points was trained at three rates or more, a factor of two apart, and the bracket moved "
+            f"outward while its best rate lay at an edge; {edges} of {len(self.best)} still have theirs there. "
+            f"{self.lr_rule.sentence()}"
+        )
+        self.report.figure(
+            "learning_rates", "Loss against learning rate; a star is the vertex of its size's parabola, hollow at an edge",
+            lambda axes: plots.learning_rates(self.frame, axes), size=(3.9 * len(self.preset.budgets), 3.6),
+            panels=len(self.preset.budgets),
+        )  # fmt: skip
+
+    def show_families(self) -> None:
+        self.minima = scaling.isoflop_minima(self.frame)
+        self.sizes = scaling.best_learning_rate(self.frame)
+        self.iso_laws: dict[str, scaling.Fit] = {}
+        if self.minima.inside.sum() >= 2:
+            iso = scaling.isoflop_laws(self.frame, bootstrap=self.preset.bootstrap, seed=self.settings.seed)
+            self.minima, self.iso_laws = iso.minima, iso.laws
+        minima = self.minima.reindex(columns=[*self.minima, *self._intervals(self.minima)])
+        outside = int((~minima.inside).sum())
+        self.report.section("The best size for a budget")
+        self.report.text(
+            "Each family spends the same compute on models of several sizes, each trained on the tokens that are left for it. "
+            "The lowest point of its curve is the best size for that compute. "
+            + (f"{outside} of {len(minima)} minima lie at the edge of their family and are only bounds."
+               if outside else "All minima lie inside their families.")
+        )  # fmt: skip
+        self.report.figure(
+            "isoflop", "Loss against parameters at equal compute", lambda ax: plots.isoflop(self.frame, minima, ax=ax)
+        )
+        self.report.table(
+            minima.assign(tokens_per_parameter=minima.tokens_opt / minima.params_opt), "isoflop_minima",
+            "The best size at each budget (FLOPs), with 95 % intervals from redrawing the runs' scatter",
+            budget=".0e", params_opt=",.0f", params_low=",.0f", params_high=",.0f", tokens_opt=",.0f",
+            tokens_per_parameter=".1f", loss_min=".3f", inside="",
+        )  # fmt: skip
+        last = minima.iloc[-1]
+        self.findings.append(
+            f"With {last.budget:.0e} FLOPs the best model here has about {quantity(last.params_opt)} parameters "
+            f"({interval(last.params_low, last.params_high, ',.0f')}) and reads {quantity(last.tokens_opt)} tokens; it loses "
+            f"{last.loss_min:.3f} nats per token."
+        )
+
+    @staticmethod
+    def _intervals(minima: pd.DataFrame) -> list[str]:
+        """Names of interval columns that a table of minima lacks (no law, no intervals)."""
+        return [name for name in ("params_low", "params_high") if name not in minima]
+
+    def measure_noise(self) -> None:
+        """Seeds at the smallest budget, at the size nearest its minimum, at that size's best rate."""
+        budget = min(self.preset.budgets)
+        optimum = self.minima.set_index("budget").params_opt[budget]
+        smallest = self.best[self.best.budget == budget]
+        nearest = smallest.loc[(smallest.params_total / optimum).map(math.log).abs().idxmin()]
+        run = self.runs_at(self.points[int(nearest.point)], [nearest.learning_rate])[0]
+        self.show_noise(self.train_seeds(run))
+
+    def measure_sections(self) -> None:
+        """Two straight cuts through the plane of sizes and tokens, at the learning rates of the rule: L(N) and L(D)."""
+        middle = sorted(self.preset.budgets)[len(self.preset.budgets) // 2]
+        centre = self.best[self.best.budget == middle].sort_values("val_loss").iloc[0]
+        own = self.points[int(centre.point)]
+        first = min(max(0, LADDER.index(own.shape) - 2), len(LADDER) - 5)
+        points = [Point(shape, own.tokens, "sizes") for shape in LADDER[first : first + 5]]
+        points += [Point(own.shape, own.tokens * 2.0**power, "amounts") for power in (-2, -1, 0, 1, 2)]
+        runs = [run for point in points for run in self.runs_at(point, [self.rule_rate(point.shape, point.tokens)])]
+        self.sections = self.train(runs)
+
+    def rule_rate(self, shape: tuple[int, int, int], tokens: float) -> float:
+        """The measured rule's learning rate, to three digits."""
+        params = counts.parameters(self.model(shape))["total"]
+        return float(f"{self.lr_rule.predict(params, tokens):.3g}")
+
+    def fit_laws(self) -> None:
+        """Power laws in one variable, and the joint surface over all points."""
+        boot = {"bootstrap": self.preset.bootstrap, "seed": self.settings.seed}
+        sections = self.sections[self.sections.val_loss.notna()]
+        sizes, amounts = (sections[sections.family == family] for family in ("sizes", "amounts"))
+        laws = {
+            "L(N) at equal tokens": scaling.fit_power(sizes.params_total, sizes.val_loss, **boot),
+            "L(D) at equal size": scaling.fit_power(amounts.tokens_seen, amounts.val_loss, **boot),
+        }
+        names = {"L_min": "L(C) at the best size", "N_opt": "N_opt(C)", "D_opt": "D_opt(C)"}
+        laws |= {names[name]: fit for name, fit in self.iso_laws.items()}
+        self.rows = pd.concat([self.sizes, sections])[["params_total", "tokens_seen", "val_loss"]]
+        self.surface = scaling.fit_surface(self.rows.params_total, self.rows.tokens_seen, self.rows.val_loss, **boot)
+        laws["L(N, D)"] = self.surface
+        table = pd.concat([fit.table().reset_index().assign(law=name, points=fit.n) for name, fit in laws.items()])
+        self.report.section("The laws")
+        middle = amounts.iloc[0]
+        self.report.text(
+            "Over the range measured here three straight lines in log-log, L = A x^-alpha: the text held at "
+            f"{quantity(sizes.tokens_seen.median())} tokens while the model grows, the model held at {middle.hidden_size} x "
+            f"{middle.num_layers} while the text grows, and the best size for each compute. Under them lies one surface: "
+            f"{self.surface.sentence()}"
+        )
+        self.report.table(
+            table, "laws", "Fitted parameters with 95 % intervals (L in nats per token; N parameters, embeddings included; "
+            "D tokens; C FLOPs). What is not identified cannot be told from these runs", law="", parameter="", value=".4g",
+            low=".4g", high=".4g", status="", points="d",
+        )  # fmt: skip
+        drawn = [(laws[name], label) for name, label in LAW_AXES.items() if name in laws]
+        self.report.figure(
+            "laws", f"Loss against {', '.join(label for _, label in drawn)}, with 95 % bands",
+            lambda axes: [plots.law(fit, ax=ax, x=label) for (fit, label), ax in zip(drawn, axes, strict=True)],
+            size=(4.0 * len(drawn), 3.6), panels=len(drawn),
+        )  # fmt: skip
+        gain_n, gain_d = laws["L(N) at equal tokens"], laws["L(D) at equal size"]
+        self.findings.append(
+            f"Doubling the parameters at equal tokens multiplies the loss by {2 ** -gain_n.params['alpha']:.3f} "
+            f"({interval(*(2**-v for v in gain_n.intervals['alpha'][::-1]))}); doubling the tokens at equal size by "
+            f"{2 ** -gain_d.params['alpha']:.3f} ({interval(*(2**-v for v in gain_d.intervals['alpha'][::-1]))})."
+        )
+
+    def forecast(self) -> None:
+        """What the planner expects of a budget beyond all that was fitted."""
+        largest = max(self.preset.budgets)
+        plan = self._plan(budget_flops=1.02 * self.preset.beyond * largest)  # whole steps must not fall short of it
+        shape = next(shape for shape in LADDER if shape[:2] == (plan.hidden_size, plan.num_layers))
+        run = self.runs_at(Point(shape, plan.tokens, "forecast"), [self.rule_rate(shape, plan.tokens)])[0]
+        rate = run.train.learning_rate
+        self.seal_and_score(
+            run, {**plan.target(self.task(run).run_id), "learning_rate": rate, "flops": run.flops},
+            {"loss": plan.loss, "low": plan.low, "high": plan.high}, self.surface,
+            f"a run of {run.flops / largest:.1f} times the largest budget fitted, at the planner's own size and tokens "
+            f"({plan.hidden_size} x {plan.num_layers}, {quantity(plan.params)} parameters, {quantity(plan.tokens)} tokens, "
+            f"learning rate {rate:g})",
+        )  # fmt: skip
+
+    def _plan(self, **budget) -> planner.Plan:
+        return planner.plan(
+            self.surface, self.lr_rule, rung_sizes(self.recipe, self.settings.vocab_size),
+            batch_rule=self.recipe.batch_size, seq_len=self.recipe.seq_len, seed_sd=self.seed_sd,
+            largest_flops_fitted=max(self.preset.budgets), tokens_available=self.corpus["tokens"]["train"], **budget,
+        )  # fmt: skip
+
+    def machine_speed(self) -> planner.Speed:
+        """How fast this machine trains when idle, with all its cores; measured once for a results folder."""
+        path = self.folder / "speed.json"
+        if path.exists():
+            known = json.loads(path.read_text())
+            return planner.Speed(tuple(known["params"]), tuple(known["flops_per_second"]), known["threads"])
+        models = [self.model(LADDER[i]) for i in (1, 5, 8, 10)]
+        speed = planner.measure_speed(models, seconds_each=1.5, threads=os.cpu_count())
+        files.write_whole(path, json.dumps(dataclasses.asdict(speed)) + "\n")
+        return speed
+
+    def plan_next(self) -> None:
+        """What to train next with the minutes that a person has, on this machine with all its cores."""
+        speed = self.machine_speed()
+        plans = [self._plan(budget_seconds=60 * minutes, speed=speed) for minutes in self.settings.minutes]
+        rows = [
+            {
+                "minutes": minutes,
+                "model": f"{plan.hidden_size} x {plan.num_layers}",
+                **{
+                    name: getattr(plan, name)
+                    for name in ("params", "tokens", "steps", "batch_size", "learning_rate", "loss")
+                },
+                **{name: getattr(plan, name) for name in ("low", "high", "flops", "reach", "epochs")},
+                "half_size_costs": plan.smaller_costs,
+                "double_size_costs": plan.larger_costs,
+                "evidence": "far beyond" if plan.far else "near",
+            }
+            for minutes, plan in zip(self.settings.minutes, plans, strict=True)
+        ]
+        self.report.section("What to train next")
+        self.report.text(
+            f"Planned from the surface and from this machine's speed, measured when it was idle ({speed.threads} threads). "
+            f"`reach` is the plan's compute over the largest budget fitted; over {planner.FAR:.0f} it is marked as far beyond "
+            "the evidence, and its interval knows nothing of what may change on the way."
+        )
+        self.report.table(
+            pd.DataFrame(rows), "plan", "One run for each number of minutes: hidden_size x num_layers, tokens, steps, windows a "
+            "step, learning rate, expected loss (nats per token) with its 95 % interval, and what half or twice the size would "
+            "cost", minutes="g", model="", params=",.0f", tokens=",.0f", steps=",d", batch_size="d", learning_rate=".2g",
+            loss=".3f", low=".3f", high=".3f", reach=".1f", evidence="", half_size_costs="+.3f", double_size_costs="+.3f",
+        )  # fmt: skip
+        told = zip(self.settings.minutes, plans, strict=True)
+        self.report.text("\n".join(f"- {minutes:g} minutes. {plan.sentence()}" for minutes, plan in told))
+        self.report.figure(
+            "surface", f"The surface L(N, D) with the runs behind it, the best size for each budget, and the plan for {self.settings.minutes[0]:g} minutes",
+            lambda ax: plots.surface(self.surface, self.rows, planned=plans[0], ax=ax), size=(7, 5),
+        )  # fmt: skip
+        first, minutes = plans[0], self.settings.minutes[0]
+        self.findings.append(
+            f"Next, with {minutes:g} minutes on this machine: {first.hidden_size} x {first.num_layers} on "
+            f"{quantity(first.tokens)} tokens at learning rate {first.learning_rate:.2g}, for an expected loss of "
+            f"{first.loss:.3f} ({interval(first.low, first.high)}), {first.reach:.0f} times beyond the largest budget fitted."
+        )
+        law = {
+            "surface": {**self.surface.to_dict(), "samples": self.surface.samples.round(8).to_dict("list")},
+            "lr_rule": dataclasses.asdict(self.lr_rule),
+            "ladder": rung_sizes(self.recipe, self.settings.vocab_size).to_dict("records"),
+            "seed_sd": self.seed_sd,
+            "largest_flops": max(self.preset.budgets),
+            "tokens_available": self.corpus["tokens"]["train"],
+        }
+        files.write_whole(self.folder / "tables" / "law.json", json.dumps(law) + "\n")
+
+    def end(self) -> None:
+        self.finish([self.frame, self.sections, self.noise, self.final])
+
+
+class DataStudy(Study):
+    """How loss falls with the amount of text, where there is too little of it for a law of compute: nested parts of the text,
+    each read several times with early stopping, and the whole text as the sealed forecast."""
+
+    title = "What a small model learns from {text}: a study limited by data"
+    shapes = ((32, 2, 2), (64, 2, 4))
+    patience = 4  # evaluations, of twenty in a run
+
+    def plan_sweep(self) -> None:
+        tokens, least = self.corpus["tokens"]["train"], 16 * self.recipe.seq_len
+        self.amounts = [tokens * part for part in self.preset.amounts if tokens * part >= least]
+        if len(self.amounts) < 3:
+            raise TextError(
+                f"A study of the amount of text needs three parts of it of at least {least} tokens each",
+                f"{tokens} training tokens, parts of {', '.join(f'{part:.3g}' for part in self.preset.amounts)}",
+                f"give at least {least / sorted(self.preset.amounts)[-3]:,.0f} tokens of training text, or train one model "
+                "on it with `tinylm train`",
+            )
+        self.report.section("Why this study")
+        self.report.text(
+            f"The text has {sum(self.corpus['bytes'].values()) / 1e6:.2f} MB, less than the {SMALLEST_TEXT / 1e6:g} MB from which "
+            "a law of compute can be measured: models large enough to learn would read the same lines many times, and the law "
+            "of fresh text would not hold. So this study asks what a small text can answer: how the loss falls with the amount "
+            f"of it. Parts of the text, each inside the next, are read up to {self.preset.epochs} times, and training stops when "
+            "the validation loss no longer falls."
+        )
+        self.points = [Point(shape, amount, "amounts") for shape in self.shapes for amount in self.amounts]
+        runs = [run for point in self.points for run in self.runs_at(point, self.first_rates(point))]
+        sweep(runs, self.folder, workers=self.workers, dry_run=True)
+
+    def runs_at(self, point: Point, rates: list[float], seed: int | None = None) -> list[Run]:
+        """point.tokens is the amount of text; the run reads it ``epochs`` times unless it stops early."""
+        read = dataclasses.replace(point, tokens=point.tokens * self.preset.epochs)
+        return super().runs_at(read, rates, seed, unique_tokens=round(point.tokens), patience=self.patience)
+
+    def measure(self) -> None:
+        self.frame = tune(self.points, self.runs_at, self.first_rates, self.train, self.preset.moves)
+        self.best = best_runs(self.frame)
+
+    def show_learning_rates(self) -> None:
+        edges = int(self.frame.groupby("point").edge.first().sum())
+        self.report.section("Learning rates")
+        self.report.text(
+            f"Each of {len(self.best)} points was trained at three rates or more, a factor of two apart, and the bracket moved "
+            f"outward while its best rate lay at an edge; {edges} of {len(self.best)} still have theirs there."
+        )
+
+    def show_families(self) -> None:
+        self.lowest = self.best.loc[self.best.groupby("unique_tokens").val_loss.idxmin()].sort_values("unique_tokens")
+        self.report.section("Loss against the amount of text")
+        self.report.table(
+            self.lowest.assign(overfit=self.lowest.val_loss - self.lowest.train_loss), "amounts",
+            "The best model of each amount: epochs until the best validation loss or the end, and how far the training loss fell "
+            "below the validation loss", unique_tokens=",d", hidden_size="d", num_layers="d", learning_rate=".3g", epochs=".1f",
+            val_loss=".3f", overfit="+.3f", status="",
+        )  # fmt: skip
+        self.report.figure(
+            "data_limited", "Validation and training loss against distinct training tokens",
+            lambda ax: plots.data_limited(self.best, ax=ax),
+        )  # fmt: skip
+
+    def measure_noise(self) -> None:
+        """Seeds at the smallest amount, with its best size and rate."""
+        nearest = self.lowest.iloc[0]
+        self.show_noise(self.train_seeds(self.runs_at(self.points[int(nearest.point)], [nearest.learning_rate])[0]))
+
+    def measure_sections(self) -> None:
+        """Nothing more: the amounts are the section."""
+
+    def fit_laws(self) -> None:
+        self.law = scaling.fit_power(
+            self.lowest.unique_tokens, self.lowest.val_loss, bootstrap=self.preset.bootstrap, seed=self.settings.seed
+        )
+        self.report.section("The law")
+        self.report.text(f"With x the distinct training tokens: {self.law.sentence()}")
+        self.report.table(
+            self.law.table().reset_index().assign(law="L(D) with early stopping", points=self.law.n), "laws",
+            "Fitted parameters with 95 % intervals", law="", parameter="", value=".4g", low=".4g", high=".4g", status="", points="d",
+        )  # fmt: skip
+        self.report.figure(
+            "laws", "Loss against distinct training tokens, with the 95 % band",
+            lambda ax: plots.law(self.law, ax=ax, x="distinct training tokens D"),
+        )  # fmt: skip
+        alpha, span = self.law.params["alpha"], self.law.intervals["alpha"]
+        self.findings.append(
+            f"Twice the text multiplies the loss by {2**-alpha:.3f} ({interval(*(2**-v for v in span[::-1]))}), each amount read "
+            "until it no longer helps."
+        )
+
+    def forecast(self) -> None:
+        """The whole text, from the law of its parts."""
+        largest = self.lowest.iloc[-1]
+        whole = self.corpus["tokens"]["train"] - self.recipe.seq_len  # the last window may be cut off
+        shape = next(s for s in self.shapes if s[:2] == (largest.hidden_size, largest.num_layers))
+        point = Point(shape, whole, "forecast")
+        run = self.runs_at(point, [largest.learning_rate])[0]
+        prediction = forecasts.predict(self.law, whole, seed_sd=self.seed_sd)
+        target = {
+            "params_total": counts.parameters(self.model(shape))["total"], "tokens": whole, "unique_tokens": whole,
+            "learning_rate": run.train.learning_rate, "run_id": self.task(run).run_id,
+        }  # fmt: skip
+        self.seal_and_score(
+            run, target, prediction, self.law,
+            f"the whole text, {whole / largest.unique_tokens:.1f} times the largest part fitted ({shape[0]} x {shape[1]}, "
+            f"{quantity(whole)} distinct tokens, learning rate {run.train.learning_rate:.3g})",
+        )  # fmt: skip
+
+    def plan_next(self) -> None:
+        final = self.final.iloc[0]
+        whole = float(final.unique_tokens)
+        more = self.law.predict([whole, 2 * whole, 4 * whole], seed_sd=self.seed_sd).assign(
+            text=["all of it", "twice as much", "four times as much"], tokens=[whole, 2 * whole, 4 * whole]
+        )
+        at_largest = self.best[self.best.unique_tokens == self.lowest.unique_tokens.iloc[-1]].sort_values(
+            "params_total"
+        )
+        gain = at_largest.val_loss.iloc[0] - at_largest.val_loss.iloc[-1]
+        self.report.section("What to do next")
+        self.report.text(
+            f"More minutes would not help: the run over the whole text took {duration(final.seconds)} on one core, and "
+            f"{final.epochs:.1f} epochs of it were all that paid. A larger model ({quantity(at_largest.params_total.iloc[-1])} "
+            f"parameters in place of {quantity(at_largest.params_total.iloc[0])}) changed the loss by {-gain:+.3f} nats at the "
+            "largest part. More text of the same kind would change it as follows."
+        )
+        self.report.table(
+            more, "plan", "Expected loss (nats per token) with its 95 % interval for one run", text="", tokens=",.0f", loss=".3f",
+            low=".3f", high=".3f",
+        )  # fmt: skip
+        self.findings.append(
+            f"Next: find more text. Twice as much is expected to bring {more.loss.iloc[1]:.3f} nats "
+            f"({interval(more.low.iloc[1], more.high.iloc[1])}) in place of {final.val_loss:.3f}."
+        )
+
+    def end(self) -> None:
+        self.finish([self.frame, self.noise, self.final])

@@ -1,0 +1,103 @@
+"""A study's report: what a notebook shows as it runs is what README.md says afterwards.
+
+Every piece goes to three places at once: the notebook's output, the README, and a file of its own (CSV, SVG and PNG). Numbers
+reach the text through f-strings over tables, never by hand.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from tinylm.files import write_whole
+from tinylm.study import plots
+
+
+class Report:
+    """Collects text, tables and figures of a study in ``folder`` and writes them as README.md."""
+
+    def __init__(self, folder: Path, title: str):
+        self.folder = Path(folder)
+        self.title, self.pieces, self.first = title, [], ""
+
+    def section(self, title: str) -> None:
+        """A heading of the README; the notebook has headings of its own."""
+        self.pieces.append(f"## {title}")
+
+    def summary(self, markdown: str) -> None:
+        """What stands first in the README, though it is known last."""
+        from IPython.display import Markdown, display
+
+        self.first = markdown
+        display(Markdown(markdown))
+
+    def text(self, markdown: str) -> None:
+        """A paragraph, heading or list in Markdown."""
+        from IPython.display import Markdown, display
+
+        self.pieces.append(markdown.strip())
+        display(Markdown(markdown))
+
+    def table(self, frame: pd.DataFrame, name: str, caption: str, **formats: str) -> None:
+        """A table: whole as tables/<name>.csv, rounded in the text. ``formats`` are format specs by column, such as
+        ``params_total=",.0f"``; only the columns they name are shown, under the captions that the column names give."""
+        write_whole(self.folder / "tables" / f"{name}.csv", frame.to_csv(index=False, float_format="%.10g"))
+        shown = frame[list(formats)] if formats else frame
+        rows = [[_cell(value, formats.get(column, "")) for column, value in row.items()] for _, row in shown.iterrows()]
+        lines = [f"| {' | '.join(str(column) for column in shown.columns)} |", "|" + " ---: |" * len(shown.columns)]
+        lines += [f"| {' | '.join(row)} |" for row in rows]
+        self.text("\n".join(lines) + f"\n\n*{caption}* ([{name}.csv](tables/{name}.csv))")
+
+    def figure(self, name: str, caption: str, draw: Callable[..., object], size=(7.0, 4.3), panels: int = 1) -> None:
+        """A figure drawn by ``draw(ax)`` (or ``draw(axes)`` for several panels side by side), as figures/<name>.svg and .png."""
+        from IPython.display import Image, display
+
+        with plots.style():
+            figure = Figure(figsize=size, layout="constrained")
+            axes = figure.subplots(1, panels)
+            draw(axes)
+            picture = {}
+            for kind in ("svg", "png"):
+                buffer = io.BytesIO()
+                # No date in the file: the same records give the same bytes.
+                figure.savefig(
+                    buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else {"Software": None}
+                )
+                picture[kind] = buffer.getvalue()
+                write_whole(self.folder / "figures" / f"{name}.{kind}", picture[kind])
+        self.pieces.append(f"![{caption}](figures/{name}.png)\n\n*{caption}* ([{name}.svg](figures/{name}.svg))")
+        display(Image(picture["png"], width=int(size[0] * 100), alt=caption))
+
+    def write(self) -> Path:
+        """Write README.md from all pieces so far."""
+        return write_whole(self.folder / "README.md", "\n\n".join([f"# {self.title}", self.first, *self.pieces]) + "\n")
+
+
+def _cell(value: object, spec: str) -> str:
+    if value is None or (isinstance(value, float) and value != value):
+        return "–"
+    return format(value, spec)
+
+
+def interval(low: float, high: float, spec: str = ".3f") -> str:
+    """A 95 % interval in words: "1.234 to 1.345"."""
+    return f"{format(low, spec)} to {format(high, spec)}"
+
+
+def quantity(value: float) -> str:
+    """A count that spans many sizes, in words: 39.6k, 1.2M, 340M."""
+    for size, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{name}"
+    return f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: 45 s, 8 min, 1.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

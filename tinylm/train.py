@@ -1,0 +1,641 @@
+"""Windows over a text, the learning-rate schedule, evaluation, and the Trainer that resumes bit for bit.
+
+Nothing here depends on what ran before: the order of windows follows from (seed, epoch), dropout from (seed, step), the
+windows of an evaluation from a constant. So variants of one seed see the same batches, evaluation leaves training as it
+was, and a checkpoint needs no state of any generator.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import dataclasses
+import hashlib
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from torch import Tensor
+
+from tinylm import backend
+from tinylm.checkpoint import copy_weights, load_state, save_state
+from tinylm.config import ModelConfig, TrainConfig
+from tinylm.errors import ConfigError, LabError, TextError
+from tinylm.files import sha256_bytes
+from tinylm.model import TinyLM
+
+CHECKPOINT_NAME = "checkpoint.safetensors"
+
+
+class TextDataset:
+    """Windows of max_seq_len tokens over a text, ``stride`` tokens apart, by random access.
+
+    ds[i] is (inputs (T,), targets (T,)), int64, the targets one token further. stride None is max_seq_len // 2, so that
+    neighbouring windows overlap by half. A rest of the text shorter than a window is left out.
+    Raises TextError where the text is shorter than one window and its target.
+    """
+
+    def __init__(self, file_path: str | os.PathLike, tokenizer, max_seq_len: int, stride: int | None = None):
+        from tinylm.tokenizer import encode_file
+
+        self._window(encode_file(file_path, tokenizer), max_seq_len, stride)
+
+    @classmethod
+    def from_tokens(cls, tokens: np.ndarray, max_seq_len: int, stride: int | None = None) -> TextDataset:
+        """The same over token ids that are there already: an array or a memory map, (tokens,)."""
+        dataset = cls.__new__(cls)
+        dataset._window(tokens, max_seq_len, stride)
+        return dataset
+
+    def _window(self, tokens: np.ndarray, max_seq_len: int, stride: int | None) -> None:
+        stride = max(1, max_seq_len // 2) if stride is None else stride
+        for name, value in (("max_seq_len", max_seq_len), ("stride", stride)):
+            if value < 1:
+                raise ConfigError(f"{name} must be at least 1", f"{name}={value}", "give a positive whole number")
+        if len(tokens) < max_seq_len + 1:
+            raise TextError(
+                "A text must be at least one window and one token long",
+                f"{len(tokens)} tokens for a window of {max_seq_len}",
+                "give more text, or lower max_seq_len or seq_len",
+            )
+        self.tokens, self.max_seq_len, self.stride = tokens, max_seq_len, stride
+        self._windows = sliding_window_view(tokens, max_seq_len + 1)[::stride]  # a view: nothing is copied or read
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        inputs, targets = self.batch(np.array([index]))
+        return inputs[0], targets[0]
+
+    def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Windows by number (B,), gathered at once: inputs (B, T) and targets (B, T), int64."""
+        windows = torch.from_numpy(self._windows[indices].astype(np.int64))
+        return windows[:, :-1], windows[:, 1:]
+
+    def covered(self, indices: np.ndarray) -> int:
+        """How many distinct tokens are a target in at least one of these windows."""
+        if len(indices) == 0:
+            return 0
+        steps = np.diff(np.sort(indices)) * self.stride
+        return int(np.minimum(steps, self.max_seq_len).sum()) + self.max_seq_len
+
+    def subset(self, unique_tokens: int | None) -> np.ndarray:
+        """Numbers of the windows that hold ``unique_tokens`` distinct targets, whole windows at least so many.
+
+        They are the head of one shuffle that is the same for every seed: a smaller subset lies inside every larger one.
+        None, or all there is, gives all windows. Raises TextError where the text has fewer tokens.
+        """
+        if unique_tokens is None:
+            return np.arange(len(self))
+        if unique_tokens > len(self.tokens) - 1:
+            raise TextError(
+                "unique_tokens may not exceed what the text holds",
+                f"unique_tokens={unique_tokens}, the text has {len(self.tokens) - 1} targets",
+                "lower unique_tokens, leave it out to use all, or give more text",
+            )
+        order = _shuffle(len(self), "subset")
+        least = min(-(-unique_tokens // self.max_seq_len), len(self))  # enough where windows do not overlap
+        count = least + bisect.bisect_left(
+            range(least, len(self)), unique_tokens, key=lambda count: self.covered(order[:count])
+        )
+        return np.sort(order[:count])
+
+
+def learning_rate_at(step: int, config: TrainConfig) -> float:
+    """Learning rate of step 0 .. max_steps - 1.
+
+    Linear from above zero over warmup_steps, so that step warmup_steps is the first at learning_rate; then a half
+    cosine that reaches min_lr at max_steps (Loshchilov & Hutter 2017), or for ``wsd`` level, and over the last
+    decay_steps linear to min_lr at max_steps (Hu et al. 2024, MiniCPM).
+    """
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
+    if config.schedule == "cosine":
+        progress = (step - config.warmup_steps) / (config.max_steps - config.warmup_steps)
+        height = 0.5 * (1 + math.cos(math.pi * progress))
+    else:
+        height = min(1.0, (config.max_steps - step) / (config.decay_steps or max(1, config.max_steps // 5)))
+    return config.min_lr + (config.learning_rate - config.min_lr) * height
+
+
+@torch.no_grad()
+def evaluate(
+    model: TinyLM,
+    tokens: np.ndarray,
+    seq_len: int,
+    eval_tokens: int,
+    token_bytes: np.ndarray | None = None,
+    precision: str = "fp32",
+) -> dict:
+    """Score up to eval_tokens of ``tokens``, each once, in windows of seq_len that do not overlap.
+
+    The windows are the head of a shuffle that is always the same: equal arguments score equal tokens, and fewer
+    eval_tokens score a part of them. Returns val_loss (nats per token), val_bpb (bits per byte of raw text, by
+    token_bytes (V,), the bytes each id stands for; None without) and scored_tokens. Leaves the model in the mode it was
+    in.
+    """
+    data = TextDataset.from_tokens(tokens, seq_len, stride=seq_len)
+    windows = _shuffle(len(data), "evaluation")[: max(1, eval_tokens // seq_len)]
+    device = next(model.parameters()).device
+    at_once = max(1, 4096 // seq_len)
+    nats, scored, scored_bytes = 0.0, 0, 0
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(windows), at_once):
+            inputs, targets = data.batch(windows[start : start + at_once])
+            with backend.autocast(device, precision):
+                loss = model.loss(inputs.to(device), targets.to(device))
+            nats += loss.item() * targets.numel()
+            scored += targets.numel()
+            scored_bytes += int(token_bytes[targets.numpy()].sum()) if token_bytes is not None else 0
+    finally:
+        model.train(was_training)
+    return {
+        "val_loss": nats / scored,
+        "val_bpb": nats / math.log(2) / scored_bytes if scored_bytes else None,
+        "scored_tokens": scored,
+    }
+
+
+@dataclass
+class TrainResult:
+    """What a run came to.
+
+    status: ``finished`` at max_steps; ``early_stopped`` by patience; ``diverged``; ``stopped`` on request, and to be
+        resumed. reason: why, in words, for all but ``finished``.
+    tokens_seen: targets trained on, repeats counted; unique_tokens: the distinct ones among them; epochs: passes over
+        the windows (over unique_tokens of the config, where that is set).
+    curve: one dict an evaluation: step, tokens, train_loss (mean since the one before), val_loss, val_bpb,
+        scored_tokens, learning_rate, seconds. train_loss: that of its last point.
+    val_loss (nats per token), val_bpb: over all of eval_tokens, with the weights that the model holds at the end: the
+        last ones, or with patience the best. Of the last point where the run was stopped; None where it diverged.
+    best_val_loss, best_step: with patience the best evaluation, else the final one.
+    seconds: wall time of training and evaluation, over all parts of a resumed run; tokens_per_second: of training
+        alone.
+    """
+
+    status: str
+    reason: str | None
+    steps: int
+    tokens_seen: int
+    unique_tokens: int
+    epochs: float
+    train_loss: float | None
+    val_loss: float | None
+    val_bpb: float | None
+    best_val_loss: float | None
+    best_step: int | None
+    curve: list[dict]
+    seconds: float
+    tokens_per_second: float
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+
+class Trainer:
+    """Trains a TinyLM with AdamW (Loshchilov & Hutter 2019) as ``train_config`` says, and resumes bit for bit.
+
+    train_tokens, val_tokens: token ids (tokens,), arrays or memory maps. token_bytes (V,): bytes of raw text each id
+    stands for, for val_bpb. checkpoint_dir: where a checkpoint is written every checkpoint_minutes, at a stop and at
+    the end, and looked for at the start. progress: a bar, or plain lines without a screen. on_eval: called with each
+    point of the curve.
+
+    Weight decay falls on matrices and embeddings, not on norms and biases. Every evaluation before the last scores a
+    fixed part of eval_tokens, at most a quarter of them and an eighth of the tokens trained on in between (but 8
+    windows), so that watching a run stays cheap; the last scores all of them, and with patience every one does.
+
+    A run has diverged when a loss or the gradient's norm is not finite (under fp16: the loss, or no loss scale down to
+    1 keeps the gradient finite), or when after the warm-up the training loss since the last evaluation is on average 2
+    nats above both the uniform guess, ln V, and the loss of the first step. A validation loss that high can also be
+    overfitting, and ends nothing.
+    """
+
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        train_config: TrainConfig,
+        train_tokens: np.ndarray,
+        val_tokens: np.ndarray,
+        token_bytes: np.ndarray | None = None,
+        checkpoint_dir: str | os.PathLike | None = None,
+        progress: bool = False,
+        on_eval: Callable[[dict], None] | None = None,
+    ):
+        self.config = config = train_config.resolve(model_config)
+        self.arithmetic = backend.resolve(config)
+        backend.apply(self.arithmetic)
+        self.device = torch.device(self.arithmetic["device"])
+        self.data = TextDataset.from_tokens(train_tokens, config.seq_len, config.stride)
+        self.windows = self.data.subset(config.unique_tokens)
+        TextDataset.from_tokens(val_tokens, config.seq_len)  # long enough, or an error before any work
+        self.val_tokens, self.token_bytes = val_tokens, token_bytes
+        _check_vocabulary(model_config.vocab_size, token_bytes, train=train_tokens, validation=val_tokens)
+        self.progress, self.on_eval = progress, on_eval
+
+        self.model = TinyLM(model_config, seed=config.seed).to(self.device)
+        if config.compile:  # block by block: they share their code, so that it is compiled once
+            for block in self.model.blocks:
+                block.compile()
+        self._parameters = list(self.model.parameters())
+        self._optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in self._parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+                {"params": [p for p in self._parameters if p.ndim < 2], "weight_decay": 0.0},
+            ],
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+            eps=1e-8,
+            fused=True,
+        )
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+
+        self.step = 0
+        self.curve: list[dict] = []
+        self._status: str | None = None
+        self._reason: str | None = None
+        self._first_loss: float | None = None
+        self._losses: tuple[float, int] = (0.0, 0)  # sum and number since the last evaluation
+        self._seconds = self._step_seconds = 0.0
+        self._best: dict | None = None  # the best point of the curve, where there is patience
+        self._best_weights: dict[str, Tensor] = {}
+        self._order: tuple[int, np.ndarray] | None = None  # an epoch and its shuffle
+        self._stop = threading.Event()
+
+        self.checkpoint = Path(checkpoint_dir) / CHECKPOINT_NAME if checkpoint_dir is not None else None
+        if self.checkpoint is not None and self.checkpoint.exists():
+            self._resume()
+
+    def run(self) -> TrainResult:
+        """Train to the end, or until stopped; a run that has ended already only gives its result. Ctrl-C stops it at
+        the border of the next step, with a checkpoint where there is a folder for it; a second Ctrl-C interrupts at
+        once."""
+        self._status = None if self._status == "stopped" else self._status
+        if self._status is None:
+            bar = progress_bar(self.config.max_steps, self.step, "training", "step", enabled=self.progress)
+            with bar, _stop_at_interrupt(self._stop):
+                self._train(bar)
+            if self.checkpoint:
+                self.save()
+        self.model.eval()
+        return self._result()
+
+    def _train(self, bar: progress_bar) -> None:
+        """Step, evaluate and save until there is a status."""
+        config = self.config
+        self.model.train()
+        self._mark = saved = time.perf_counter()
+        while self._status is None and not self._stop.is_set():
+            loss = self._train_step()
+            self._tick()
+            at_end = self.step == config.max_steps
+            if self._status is None and (at_end or self.step % config.eval_interval == 0):
+                self._evaluate()
+                self._tick()
+            if self._status is None and at_end:
+                self._end("finished")
+            bar.update(self.step, lambda loss=loss: f"loss {loss:.3f}, {self._tokens_per_second:,.0f} tokens/s")
+            if self.checkpoint and 0 < config.checkpoint_minutes * 60 < self._mark - saved:
+                self.save()
+                saved = self._mark
+        if self._status is None:
+            self._end("stopped", f"stopped on request after step {self.step}")
+            self._stop.clear()
+
+    def _tick(self) -> None:
+        """Add the time since the last tick to the run's."""
+        now = time.perf_counter()
+        self._seconds, self._mark = self._seconds + now - self._mark, now
+
+    def request_stop(self) -> None:
+        """Let ``run`` end at the border of the next step, with status ``stopped``; from any thread."""
+        self._stop.set()
+
+    def save(self) -> Path:
+        """Write the checkpoint, from which a Trainer of the same configs, text and arithmetic goes on."""
+        if self.checkpoint is None:
+            raise LabError("A checkpoint needs a folder", "checkpoint_dir=None", "give the Trainer a checkpoint_dir")
+        tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
+        for index, state in self._optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
+        tensors |= {f"best.{name}": value for name, value in self._best_weights.items()}
+        progress = {name: getattr(self, name) for name in _PROGRESS}
+        meta = {**self._expected(), "progress": progress, "scaler": self._scaler.state_dict()}
+        return save_state(self.checkpoint, tensors, meta)
+
+    def _expected(self) -> dict:
+        """What a checkpoint must agree on to be gone on with."""
+        train = self.config.to_dict()
+        del train["checkpoint_minutes"]  # changes no number
+        return {
+            "model": self.model.config.to_dict(),
+            "train": train,
+            "text": {"train": _fingerprint(self.data.tokens), "validation": _fingerprint(self.val_tokens)},
+            "arithmetic": self.arithmetic,
+            "numerics_revision": backend.NUMERICS_REVISION,
+        }
+
+    def _resume(self) -> None:
+        tensors, meta = load_state(self.checkpoint, expect=self._expected())
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "best": {}}
+        for name, value in tensors.items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = value.clone()  # out of the file's buffer
+        copy_weights(self.model, parts["model"], self.checkpoint)
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in parts["optimizer"].items():
+            index, _, key = name.partition(".")
+            state.setdefault(int(index), {})[key] = value
+        self._optimizer.load_state_dict({"state": state, "param_groups": self._optimizer.state_dict()["param_groups"]})
+        self._best_weights = {name: value.to(self.device) for name, value in parts["best"].items()}
+        self._scaler.load_state_dict(meta["scaler"])
+        for name, value in meta["progress"].items():
+            setattr(self, name, value)
+
+    @property
+    def _tokens_per_step(self) -> int:
+        return self.config.windows_per_step * self.config.seq_len
+
+    @property
+    def _tokens_per_second(self) -> float:
+        return self.step * self._tokens_per_step / self._step_seconds if self._step_seconds else 0.0
+
+    def _windows_at(self, step: int) -> np.ndarray:
+        """The windows of a step: the next windows_per_step of an endless stream of shuffled epochs."""
+        count = len(self.windows)
+        first = step * self.config.windows_per_step
+        parts, left = [], self.config.windows_per_step
+        while left:
+            epoch, place = divmod(first, count)
+            if self._order is None or self._order[0] != epoch:
+                self._order = (epoch, _shuffle(count, "order", self.config.seed, epoch))
+            parts.append(self._order[1][place : place + left])
+            first, left = first + len(parts[-1]), left - len(parts[-1])
+        return self.windows[np.concatenate(parts)]
+
+    def _train_step(self) -> float:
+        """One update; returns the loss before it. Sets the status and leaves the weights alone where it diverges."""
+        began = time.perf_counter()
+        config = self.config
+        windows = self._windows_at(self.step)
+        total = 0.0
+        with self._randomness():
+            for first in range(0, len(windows), config.batch_size):
+                inputs, targets = self._to_device(*self.data.batch(windows[first : first + config.batch_size]))
+                with backend.autocast(self.device, config.precision):
+                    loss = self.model.loss(inputs, targets)
+                total = total + loss.detach()
+                self._scaler.scale(loss / config.grad_accum if config.grad_accum > 1 else loss).backward()
+        self._scaler.unscale_(self._optimizer)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters])
+        loss, norm = float(total) / config.grad_accum, float(norm)  # the one wait for the device in a step
+        if not math.isfinite(loss) or not (math.isfinite(norm) or self._scaler.is_enabled()):
+            self._diverge(f"loss {loss}, gradient norm {norm}", self.step + 1)
+            self._optimizer.zero_grad()
+            return loss
+        if norm > config.grad_clip and math.isfinite(norm):
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, config.grad_clip, torch.tensor(norm))
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate_at(self.step, config)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad()
+        if self._scaler.is_enabled() and self._scaler.get_scale() < 1:
+            self._diverge("gradients overflow fp16 at every loss scale down to 1", self.step + 1)
+            return loss
+        self.step += 1
+        self._first_loss = loss if self._first_loss is None else self._first_loss
+        self._losses = (self._losses[0] + loss, self._losses[1] + 1)
+        self._step_seconds += time.perf_counter() - began
+        return loss
+
+    def _randomness(self) -> contextlib.AbstractContextManager:
+        if self.model.config.dropout == 0:
+            return contextlib.nullcontext()
+        return _drawing_from(self.device, int(_seed("dropout", self.config.seed, self.step)[0]))
+
+    def _to_device(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        if self.device.type == "cuda":
+            return tuple(t.pin_memory().to(self.device, non_blocking=True) for t in tensors)
+        return tuple(t.to(self.device) for t in tensors)
+
+    def _evaluate(self) -> None:
+        config = self.config
+        tokens = config.eval_tokens
+        if config.patience is None and self.step < config.max_steps:
+            since_last = config.eval_interval * self._tokens_per_step
+            tokens = min(tokens, max(8 * config.seq_len, min(tokens // 4, since_last // 8)))
+        score = evaluate(self.model, self.val_tokens, config.seq_len, tokens, self.token_bytes, config.precision)
+        if not math.isfinite(score["val_loss"]):
+            return self._diverge(f"validation loss {score['val_loss']}", self.step)
+        total, count = self._losses
+        self._losses = (0.0, 0)
+        point = {
+            "step": self.step,
+            "tokens": self.step * self._tokens_per_step,
+            "train_loss": total / count,
+            **score,
+            "learning_rate": learning_rate_at(self.step - 1, config),
+            "seconds": round(self._seconds, 3),
+        }
+        self.curve.append(point)
+        worst = max(math.log(self.model.config.vocab_size), self._first_loss) + 2
+        if self.step > config.warmup_steps and point["train_loss"] > worst:
+            self._diverge(f"training loss {point['train_loss']:.3f}, above {worst:.3f}", self.step)
+        elif config.patience is not None:
+            if self._best is None or point["val_loss"] < self._best["val_loss"]:
+                self._best = point
+                self._best_weights = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+            elif (waited := sum(p["step"] > self._best["step"] for p in self.curve)) >= config.patience:
+                best = self._best["step"]
+                self._end("early_stopped", f"no better val_loss in {waited} evaluations since step {best}")
+        if self.on_eval:
+            self.on_eval(dict(point))
+
+    def _diverge(self, what: str, step: int) -> None:
+        self._end("diverged", f"{what} at step {step}; a lower learning_rate or a longer warm-up may help")
+
+    def _end(self, status: str, reason: str | None = None) -> None:
+        self._status, self._reason = status, reason
+        if self._best_weights and status in ("finished", "early_stopped"):
+            copy_weights(self.model, self._best_weights, "the best weights")
+            self._best_weights = {}
+
+    def _result(self) -> TrainResult:
+        last = self.curve[-1] if self.curve else {"train_loss": None, "val_loss": None, "val_bpb": None}
+        ended = self._status in ("finished", "early_stopped")
+        best = self._best or (last if ended else {"val_loss": None, "step": None})
+        final = best if ended else last
+        diverged = self._status == "diverged"
+        seen = self.step * self.config.windows_per_step
+        order = self._first_epoch()[:seen]
+        return TrainResult(
+            status=self._status,
+            reason=self._reason,
+            steps=self.step,
+            tokens_seen=self.step * self._tokens_per_step,
+            unique_tokens=self.data.covered(order),
+            epochs=seen / len(self.windows),
+            train_loss=last["train_loss"],
+            val_loss=None if diverged else final["val_loss"],
+            val_bpb=None if diverged else final["val_bpb"],
+            best_val_loss=best["val_loss"],
+            best_step=best["step"],
+            curve=list(self.curve),
+            seconds=self._seconds,
+            tokens_per_second=self._tokens_per_second,
+        )
+
+    def _first_epoch(self) -> np.ndarray:
+        return self.windows[_shuffle(len(self.windows), "order", self.config.seed, 0)]
+
+
+# What a checkpoint keeps besides tensors and the loss scale: attributes of the Trainer that are plain values.
+_PROGRESS = ("step", "curve", "_status", "_reason", "_first_loss", "_losses", "_seconds", "_step_seconds", "_best")
+
+
+def _seed(*parts: str | int) -> np.ndarray:
+    """Eight 32-bit words that follow from the parts alone, as different for seeds 0 and 1 as for any others."""
+    return np.frombuffer(hashlib.sha256(repr(parts).encode()).digest(), dtype="<u4")
+
+
+def _shuffle(count: int, *parts: str | int) -> np.ndarray:
+    """A permutation of range(count). RandomState, because numpy promises its stream for all versions to come."""
+    return np.random.RandomState(_seed(*parts)).permutation(count)
+
+
+@contextlib.contextmanager
+def _drawing_from(device: torch.device, seed: int) -> Iterator[None]:
+    """Seed the device's global generator for a while, and leave it as it was; touch no other device's generator."""
+    if device.type == "cpu":
+        get, put, reseed = torch.get_rng_state, torch.set_rng_state, torch.default_generator.manual_seed
+    else:
+        module = torch.get_device_module(device)
+        get, put, reseed = module.get_rng_state, module.set_rng_state, module.manual_seed
+    before = get()
+    reseed(seed)
+    try:
+        yield
+    finally:
+        put(before)
+
+
+@contextlib.contextmanager
+def _stop_at_interrupt(stop: threading.Event) -> Iterator[None]:
+    """Turn the first Ctrl-C into ``stop`` and the second into KeyboardInterrupt, where Ctrl-C has its usual meaning and
+    this is the thread that hears it."""
+    usual = signal.default_int_handler
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not usual:
+        yield
+        return
+
+    def handle(number: int, frame: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+def _sample(tokens: np.ndarray) -> np.ndarray:
+    """All of a small text, 256 spans of 256 tokens spread evenly over a large one: few pages of a map are read."""
+    if len(tokens) <= 1 << 16:
+        return np.asarray(tokens)
+    spans = np.linspace(0, len(tokens) - 256, 256).astype(np.int64)
+    return tokens[spans[:, None] + np.arange(256)]
+
+
+def _fingerprint(tokens: np.ndarray) -> dict:
+    """Tells texts apart by length and sample, so that a checkpoint is not gone on with on another text by mistake."""
+    return {"tokens": len(tokens), "sample_sha256": sha256_bytes(_sample(tokens).astype("<u4").tobytes())}
+
+
+def _check_vocabulary(vocab_size: int, token_bytes: np.ndarray | None, **texts: np.ndarray) -> None:
+    for name, tokens in texts.items():
+        if (largest := int(_sample(tokens).max())) >= vocab_size:
+            raise ConfigError(
+                "vocab_size must be that of the tokenizer",
+                f"vocab_size={vocab_size}, the {name} tokens go up to {largest}",
+                "set vocab_size to the tokenizer's, or encode the text anew",
+            )
+    if token_bytes is not None and len(token_bytes) != vocab_size:
+        raise ConfigError(
+            "token_bytes must hold one number for each id",
+            f"{len(token_bytes)} numbers, vocab_size={vocab_size}",
+            "give the token_bytes of the tokenizer that encoded the text",
+        )
+
+
+class progress_bar:
+    """Progress of ``total`` units, as a context: ``bar.update(done, note)``, where note() gives the words beside it.
+
+    A bar in a terminal or a notebook someone looks at; elsewhere (logs, papermill) a plain line about every 10 s and
+    one at the end. Cheap enough to be told of every step.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        initial: int = 0,
+        label: str = "",
+        unit: str = "it",
+        enabled: bool = True,
+        interval: float = 10.0,
+    ):
+        self.total, self.label, self.unit, self.enabled = total, label, unit, enabled
+        self._initial, self._began = initial, time.monotonic()
+        self._bar = None
+        if enabled and _has_screen():
+            from tqdm.auto import tqdm
+
+            self._bar = tqdm(total=total, initial=initial, desc=label or None, unit=unit)
+        self._interval = 0.2 if self._bar is not None else interval
+        self._next = self._began + self._interval
+
+    def __enter__(self) -> progress_bar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, done: int, note: Callable[[], str] = str) -> None:
+        now = time.monotonic()
+        if not self.enabled or (now < self._next and done < self.total):
+            return
+        self._next = now + self._interval
+        if self._bar is not None:
+            self._bar.set_postfix_str(note(), refresh=False)
+            self._bar.update(done - self._bar.n)
+            return
+        left = (now - self._began) / max(1, done - self._initial) * (self.total - done)
+        words = [f"{self.label} {done}/{self.total} {self.unit}s".strip(), note(), f"{_clock(left)} left"]
+        out = sys.stdout if "ipykernel" in sys.modules else sys.stderr  # a notebook shows stderr as if it were trouble
+        print(", ".join(word for word in words if word), file=out, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
+
+
+def _has_screen() -> bool:
+    """Whether someone watches: a terminal, or a kernel that a notebook's front end started (papermill has none)."""
+    if "ipykernel" in sys.modules:
+        return any(name in os.environ for name in ("JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG"))
+    return sys.stderr.isatty()
