@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import warnings
 
 import matplotlib as mpl
@@ -146,7 +147,7 @@ def test_every_figure_draws_alone_and_into_axes_given(drawings, name):
         labels = [tick.label1 for tick in ax.xaxis.get_major_ticks() if tick.label1.get_text() and visible(tick, ax)]
         boxes = sorted((label.get_window_extent() for label in labels), key=lambda box: box.x0)
         assert len(boxes) >= 2, "an axis needs at least two labelled ticks"
-        assert all(left.x1 < right.x0 for left, right in zip(boxes, boxes[1:], strict=False)), "tick labels overlap"
+        assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes)), "tick labels overlap"
         assert inside_page(ax), "something is drawn beyond the page"
     assert dict(mpl.rcParams) == before
 
@@ -259,9 +260,13 @@ def test_log_axes_have_a_few_round_ticks(low, high):
     )
 
 
-def test_the_palette_is_distinct_and_readable_on_white():
+def test_the_palette_is_distinct_also_to_the_colour_blind_and_readable_on_white():
     colours = np.array([mpl.colors.to_rgb(c) for c in plots.COLOURS])
-    distance = np.linalg.norm(colours[:, None] - colours[None], axis=-1)[np.triu_indices(len(colours), 1)]
-    assert distance.min() > 0.3
+    # Machado, Oliveira and Fernandes 2009, complete deuteranopia and protanopia
+    deutan = [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]]
+    protan = [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]]
+    for seen in (colours, colours @ np.transpose(deutan), colours @ np.transpose(protan)):
+        distance = np.linalg.norm(seen[:, None] - seen[None], axis=-1)[np.triu_indices(len(seen), 1)]
+        assert distance.min() > 0.15
     assert (colours @ [0.2126, 0.7152, 0.0722]).max() < 0.75
     assert len(plots.MARKERS) == len(plots.COLOURS)

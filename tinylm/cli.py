@@ -324,7 +324,9 @@ def _checked(path: Path, read: Callable[[dict], typing.Any]) -> typing.Any:
 @click.argument("name", default="quickstart")
 @click.option("--text", help="A named text, or the path of a file or folder of your own.")
 @click.option("--preset", help="smoke, quick or full.")
-@click.option("--minutes", help="The time that the study may take.")
+@click.option(
+    "--minutes", help="For how long the next run may train, in minutes; several as 10,60. One plan is made for each."
+)
 @click.option("--workers", help="Worker processes.")
 @click.option("--seed", help="Seed of the first run of each kind.")
 @click.option("--results-dir", type=click.Path(path_type=Path), help="By default in results/local of the repository.")

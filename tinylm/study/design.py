@@ -15,8 +15,10 @@ from tinylm import counts
 from tinylm.config import ModelConfig, TrainConfig
 from tinylm.study.runs import Run
 
-# (hidden_size, num_layers, num_heads): every rung holds about 1.7 times the parameters of the one before.
+# (hidden_size, num_layers, num_heads): each rung holds between 1.4 and 2.2 times the parameters of the one before.
 LADDER = (
+    (8, 2, 2),
+    (12, 2, 2),
     (16, 2, 2),
     (24, 2, 2),
     (32, 2, 2),
@@ -137,7 +139,7 @@ def expected_best_size(budget: float, vocab_size: int) -> float:
 
 
 def isoflop_points(recipe: Recipe, vocab_size: int, budgets: Iterable[float], sizes: int = 5) -> list[Point]:
-    """For each budget, ``sizes`` neighbouring rungs around the expected minimum, each trained on the tokens that the budget buys."""
+    """For each budget, ``sizes`` neighbouring rungs around the expected minimum, each on the tokens that the budget buys."""
     rungs = rung_sizes(recipe, vocab_size)
     points = []
     for budget in budgets:

@@ -167,7 +167,7 @@ def _read(path: Path) -> dict:
         raise LabError(
             "There must be a sealed forecast of that name", path, "see load(folder) for the names"
         ) from error
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedFileError("A sealed forecast must be readable", f"{path}: {error!r}", "restore it") from error
     if not same:
         raise DamagedFileError(
@@ -200,7 +200,8 @@ def _number(value: object, name: str) -> float:
 
 def _utc(time: str | None) -> datetime.datetime:
     if time is None:
-        return datetime.datetime.now(datetime.UTC)
+        now = datetime.datetime.now(datetime.UTC)
+        return now.replace(microsecond=now.microsecond // 1000 * 1000)  # whole milliseconds, as runs record their start
     try:
         moment = datetime.datetime.fromisoformat(str(time))
     except ValueError as error:

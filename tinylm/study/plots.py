@@ -274,7 +274,8 @@ def surface(
     n, d = np.meshgrid(*grids)
     L = fit.predict(n, d)["loss"].to_numpy().reshape(n.shape)
     levels = ticker.MaxNLocator(11, steps=[1, 2, 2.5, 5, 10]).tick_values(L.min(), np.quantile(L, 0.97))
-    lines = ax.contour(n, d, L, levels=levels, cmap="viridis_r", linewidths=1.1)
+    dark = mpl.colormaps["viridis"](np.linspace(0.78, 0, len(levels)))  # its pale end would be lost on paper
+    lines = ax.contour(n, d, L, levels=levels, colors=dark, linewidths=1.1)
     ax.clabel(lines, fontsize=8, fmt="%.4g")
     flops = np.geomspace(6 * reach[0][0] * reach[1][0] / 4, 6 * reach[0][1] * reach[1][1] * 4, 60)
     best = fit.optimal(flops)

@@ -90,6 +90,22 @@ def _probe(vocab_size: int):
     return model, recipe.train(model, 1e5, 0.01)
 
 
+def command(run: Run) -> str:
+    """The command that trains a run: every field of its configs that is not at its default."""
+    words = ["tinylm train --out results/local/next"]
+    for config in (run.data, run.model, run.train):
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            if value != field.default:
+                name = field.name.replace("_", "-")
+                words.append(f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name} {value}")
+    return " \\\n    ".join(words)
+
+
+def _have(count: int) -> str:
+    return "has" if count == 1 else "have"
+
+
 class Study:
     """What both studies share: the text, the report, the sweeps, the noise, the samples."""
 
@@ -132,7 +148,9 @@ class Study:
         """What was read, and how it is split and cut into tokens."""
         facts, split = self.corpus, self.corpus["bytes"]
         total, tokens = sum(split.values()), facts["tokens"]
-        source = ", ".join(str(v) for k, v in facts["provenance"].items() if k in ("source", "licence") and v)
+        origin = facts["provenance"]
+        own = origin["source"].startswith("own")
+        source = "" if own else f"{origin['source']}; licence: {origin['licence']}"
         self.report.section("The text")
         self.report.text(
             f"**{facts['name']}**, {total / 1e6:.1f} MB{f' ({source})' if source else ''}. Of it {split['train'] / total:.0%} "
@@ -274,7 +292,7 @@ class Study:
         arithmetic = (Folder(self.folder).shared("arithmetic") or {}).get("stack", {})
         self.report.section("How this was made")
         self.report.text(
-            f"{len(runs)} runs, {quantity(runs.flops.sum())}FLOPs, {duration(runs.seconds.sum())} of work for one core, "
+            f"{len(runs)} runs, {runs.flops.sum():.2g} FLOPs, {duration(runs.seconds.sum())} of work for one core, "
             f"on {', '.join(f'{k} {v}' for k, v in arithmetic.items())}. One JSON a run is in [runs](runs), every run in one "
             f"table in [tables/runs.csv](tables/runs.csv). Again, from its records or for real in an empty folder: "
             f"`python -m tinylm study --preset {self.settings.preset} --text {self.data.text} --results-dir FOLDER`."
@@ -328,7 +346,7 @@ class ComputeStudy(Study):
         self.report.section("Learning rates")
         self.report.text(
             f"Each of {len(self.best)} points was trained at three rates or more, a factor of two apart, and the bracket moved "
-            f"outward while its best rate lay at an edge; {edges} of {len(self.best)} still have theirs there. "
+            f"outward while its best rate lay at an edge; {edges} of {len(self.best)} still {_have(edges)} theirs there. "
             f"{self.lr_rule.sentence()}"
         )
         self.report.figure(
@@ -364,9 +382,9 @@ class ComputeStudy(Study):
         )  # fmt: skip
         last = minima.iloc[-1]
         self.findings.append(
-            f"With {last.budget:.0e} FLOPs the best model here has about {quantity(last.params_opt)} parameters "
-            f"({interval(last.params_low, last.params_high, ',.0f')}) and reads {quantity(last.tokens_opt)} tokens; it loses "
-            f"{last.loss_min:.3f} nats per token."
+            f"With {last.budget:.0e} FLOPs the best model here has about {quantity(last.params_opt)} parameters"
+            + (f" ({quantity(last.params_low)} to {quantity(last.params_high)})" if last.inside else ", a bound")
+            + f" and reads {quantity(last.tokens_opt)} tokens; it loses {last.loss_min:.3f} nats per token."
         )
 
     @staticmethod
@@ -468,8 +486,8 @@ class ComputeStudy(Study):
         if path.exists():
             known = json.loads(path.read_text())
             return planner.Speed(tuple(known["params"]), tuple(known["flops_per_second"]), known["threads"])
-        models = [self.model(LADDER[i]) for i in (1, 5, 8, 10)]
-        speed = planner.measure_speed(models, seconds_each=1.5, threads=os.cpu_count())
+        models = [self.model(LADDER[i]) for i in (2, 6, 9, 12)]
+        speed = planner.measure_speed(models, seconds_each=1.5, threads=os.cpu_count(), batch_size=16)
         files.write_whole(path, json.dumps(dataclasses.asdict(speed)) + "\n")
         return speed
 
@@ -504,10 +522,12 @@ class ComputeStudy(Study):
             "cost", minutes="g", model="", params=",.0f", tokens=",.0f", steps=",d", batch_size="d", learning_rate=".2g",
             loss=".3f", low=".3f", high=".3f", reach=".1f", evidence="", half_size_costs="+.3f", double_size_costs="+.3f",
         )  # fmt: skip
-        told = zip(self.settings.minutes, plans, strict=True)
-        self.report.text("\n".join(f"- {minutes:g} minutes. {plan.sentence()}" for minutes, plan in told))
+        for minutes, plan in zip(self.settings.minutes, plans, strict=True):
+            point = Point(next(s for s in LADDER if s[:2] == (plan.hidden_size, plan.num_layers)), plan.tokens, "plan")
+            run = self.runs_at(point, [self.rule_rate(point.shape, point.tokens)], threads=speed.threads)[0]
+            self.report.text(f"**{minutes:g} minutes.** {plan.sentence()}\n\n```\n{command(run)}\n```")
         self.report.figure(
-            "surface", f"The surface L(N, D) with the runs behind it, the best size for each budget, and the plan for {self.settings.minutes[0]:g} minutes",
+            "surface", "The surface L(N, D) with the runs behind it, the best size for each budget, and the first plan",
             lambda ax: plots.surface(self.surface, self.rows, planned=plans[0], ax=ax), size=(7, 5),
         )  # fmt: skip
         first, minutes = plans[0], self.settings.minutes[0]
@@ -574,7 +594,7 @@ class DataStudy(Study):
         self.report.section("Learning rates")
         self.report.text(
             f"Each of {len(self.best)} points was trained at three rates or more, a factor of two apart, and the bracket moved "
-            f"outward while its best rate lay at an edge; {edges} of {len(self.best)} still have theirs there."
+            f"outward while its best rate lay at an edge; {edges} of {len(self.best)} still {_have(edges)} theirs there."
         )
 
     def show_families(self) -> None:
@@ -607,7 +627,8 @@ class DataStudy(Study):
         self.report.text(f"With x the distinct training tokens: {self.law.sentence()}")
         self.report.table(
             self.law.table().reset_index().assign(law="L(D) with early stopping", points=self.law.n), "laws",
-            "Fitted parameters with 95 % intervals", law="", parameter="", value=".4g", low=".4g", high=".4g", status="", points="d",
+            "Fitted parameters with 95 % intervals", law="", parameter="", value=".4g", low=".4g", high=".4g", status="",
+            points="d",
         )  # fmt: skip
         self.report.figure(
             "laws", "Loss against distinct training tokens, with the 95 % band",
@@ -647,10 +668,16 @@ class DataStudy(Study):
             "params_total"
         )
         gain = at_largest.val_loss.iloc[0] - at_largest.val_loss.iloc[-1]
+        if final.status == "early_stopped":
+            told = f"More minutes would not help: on the whole text the loss stopped falling after {final.epochs:.1f} epochs."
+        else:
+            told = (
+                f"The whole text was read {final.epochs:.1f} times, the most that this preset allows, in {duration(final.seconds)} "
+                "on one core, and the loss was still falling: reading it more often may help a little."
+            )
         self.report.section("What to do next")
         self.report.text(
-            f"More minutes would not help: the run over the whole text took {duration(final.seconds)} on one core, and "
-            f"{final.epochs:.1f} epochs of it were all that paid. A larger model ({quantity(at_largest.params_total.iloc[-1])} "
+            f"{told} A larger model ({quantity(at_largest.params_total.iloc[-1])} "
             f"parameters in place of {quantity(at_largest.params_total.iloc[0])}) changed the loss by {-gain:+.3f} nats at the "
             "largest part. More text of the same kind would change it as follows."
         )

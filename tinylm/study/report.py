@@ -10,11 +10,35 @@ import io
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from tinylm.files import write_whole
 from tinylm.study import plots
+
+# Headings of the columns whose names say too little, or no unit.
+HEADINGS = {
+    "budget": "FLOPs",
+    "params": "parameters",
+    "params_opt": "best size (parameters)",
+    "params_low": "from",
+    "params_high": "to",
+    "tokens_opt": "its tokens",
+    "loss_min": "loss (nats/token)",
+    "loss": "loss (nats/token)",
+    "val_loss": "loss (nats/token)",
+    "inside": "inside the family",
+    "low": "from",
+    "high": "to",
+    "batch_size": "windows a step",
+    "reach": "times the largest budget fitted",
+    "half_size_costs": "half the size costs",
+    "double_size_costs": "twice the size costs",
+    "seed_sd": "sd of seeds",
+    "params_total": "parameters",
+    "unique_tokens": "distinct tokens",
+}
 
 
 class Report:
@@ -44,11 +68,13 @@ class Report:
 
     def table(self, frame: pd.DataFrame, name: str, caption: str, **formats: str) -> None:
         """A table: whole as tables/<name>.csv, rounded in the text. ``formats`` are format specs by column, such as
-        ``params_total=",.0f"``; only the columns they name are shown, under the captions that the column names give."""
+        ``params_total=",.0f"``; only the columns they name are shown, under headings that a person reads."""
         write_whole(self.folder / "tables" / f"{name}.csv", frame.to_csv(index=False, float_format="%.10g"))
         shown = frame[list(formats)] if formats else frame
         rows = [[_cell(value, formats.get(column, "")) for column, value in row.items()] for _, row in shown.iterrows()]
-        lines = [f"| {' | '.join(str(column) for column in shown.columns)} |", "|" + " ---: |" * len(shown.columns)]
+        heads = [HEADINGS.get(column, str(column).replace("_", " ")) for column in shown.columns]
+        sides = [" :--- |" if formats.get(column) == "" else " ---: |" for column in shown.columns]
+        lines = [f"| {' | '.join(heads)} |", "|" + "".join(sides)]
         lines += [f"| {' | '.join(row)} |" for row in rows]
         self.text("\n".join(lines) + f"\n\n*{caption}* ([{name}.csv](tables/{name}.csv))")
 
@@ -80,7 +106,9 @@ class Report:
 def _cell(value: object, spec: str) -> str:
     if value is None or (isinstance(value, float) and value != value):
         return "–"
-    return format(value, spec)
+    if isinstance(value, bool | np.bool_):
+        return "yes" if value else "no"
+    return format(value, spec).replace("|", "\\|")
 
 
 def interval(low: float, high: float, spec: str = ".3f") -> str:

@@ -452,10 +452,13 @@ def _percentiles(samples: object, centre: float, widening: float, positive: bool
 def _intervals(params: dict[str, float], samples: pd.DataFrame, widening: float) -> dict[str, tuple[float, float]]:
     if not len(samples):
         return dict.fromkeys(params, (np.nan, np.nan))
-    return {
-        name: _percentiles(samples[name], value, widening, positive=name == "E" or name in COEFFICIENTS)
+    found = {
+        name: _percentiles(samples[name], value, widening, positive=name in COEFFICIENTS)
         for name, value in params.items()
     }
+    if "E" in found:  # a floor below zero is none
+        found["E"] = (max(0.0, found["E"][0]), found["E"][1])
+    return found
 
 
 def identification(name: str, value: float, interval: tuple[float, float], freedom: int) -> str:
