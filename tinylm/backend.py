@@ -50,6 +50,9 @@ def apply(arithmetic: dict) -> None:
     """Make this process compute as ``resolve`` said. Call it before anything runs or compiles: a later change of
     threads makes Dynamo compile anew.
 
+    On a GPU torch is told to prefer deterministic kernels and warns where it has none (the backward pass of some
+    attention kernels): bit-equal resume is promised on the CPU.
+
     Denormals are left alone: flushing them made no difference to the speed of tiny runs, and the switch reaches only
     threads started after it, so that bits would depend on what ran before.
     """
@@ -77,8 +80,8 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         device = None
-    if device is None or device.type not in ("cpu", "cuda", "mps"):
-        raise LabError("device must be cpu, cuda, cuda:<number> or mps", f"device={name!r}", "use device='cpu'")
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise LabError("device must be cpu, cuda or cuda:<number>", f"device={name!r}", "use device='cpu'")
     if device.type == "cpu":
         return torch.device("cpu")
     module = torch.get_device_module(device)

@@ -327,8 +327,8 @@ def _checked(path: Path, read: Callable[[dict], typing.Any]) -> typing.Any:
 @click.option(
     "--minutes", help="For how long the next run may train, in minutes; several as 10,60. One plan is made for each."
 )
-@click.option("--workers", help="Worker processes.")
-@click.option("--seed", help="Seed of the first run of each kind.")
+@click.option("--workers", type=int, help="Worker processes.")
+@click.option("--seed", type=int, help="Seed of the first run of each kind.")
 @click.option("--results-dir", type=click.Path(path_type=Path), help="By default in results/local of the repository.")
 @click.option("-p", "more", nargs=2, multiple=True, metavar="NAME VALUE", help="Any other parameter of the notebook.")
 def study(name: str, results_dir: Path | None, more: tuple[tuple[str, str], ...], **named: str | None) -> None:
@@ -339,7 +339,7 @@ def study(name: str, results_dir: Path | None, more: tuple[tuple[str, str], ...]
     from tinylm.study import notebooks
 
     given = {key: value for key, value in named.items() if value is not None}
-    parameters = {key: _value(value) for key, value in {**given, **dict(more)}.items()}
+    parameters = {**given, **{key: _value(value) for key, value in more}}
     if results_dir:
         parameters["results_dir"] = notebooks.within_repository(results_dir)
     notebook = notebooks.find_study(name)
@@ -352,8 +352,7 @@ def study(name: str, results_dir: Path | None, more: tuple[tuple[str, str], ...]
     except KeyboardInterrupt:
         click.echo("\nstopped; finished runs are kept, and the same command started again goes on from there", err=True)
         sys.exit(130)
-    report = folder / "README.md"
-    click.echo(f"page:   {page}" + (f"\nreport: {report}" if report.exists() else ""))
+    click.echo(f"page:   {page}")
 
 
 def _value(text: str) -> object:

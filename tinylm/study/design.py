@@ -51,7 +51,7 @@ class Recipe:
     batch_tokens_base: float = 512.0
     warmup_share: float = 0.1
     lr_base: float = 0.012
-    lr_exponent: float = 0.35
+    lr_exponent: float = 0.6
     group: int = 1
     weight_decay: float = 0.1
     beta2: float = 0.95
@@ -202,5 +202,6 @@ def _edge(runs: pd.DataFrame) -> float | None:
 
 
 def best_runs(frame: pd.DataFrame) -> pd.DataFrame:
-    """The run of lowest loss of each point."""
-    return frame.loc[frame.groupby("point").val_loss.idxmin()].reset_index(drop=True)
+    """The run of lowest loss of each point; a point whose every run diverged has none."""
+    ended = frame[frame.val_loss.notna()]
+    return ended.loc[ended.groupby("point").val_loss.idxmin()].reset_index(drop=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import types
 import typing
 from dataclasses import dataclass
@@ -50,11 +51,15 @@ def validate(namespace: dict[str, object], kind: type[Kind]) -> Kind:
     for name, value in given(namespace).items():
         if name not in names:
             raise ConfigError("A study takes only its own parameters", f"{name}={value!r}", _nearest(name, names))
-        values[name] = _from_text(name, value, hints[name]) if isinstance(value, str) else value
+        if isinstance(value, str):
+            value = _from_text(value, hints[name])
+        elif hints[name] is str and isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)  # a file named 1984 reaches papermill as a number
+        values[name] = value
     return kind(**values)
 
 
-def _from_text(name: str, text: str, hint: object) -> object:
+def _from_text(text: str, hint: object) -> object:
     """What a string stands for where the field is not a string."""
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if str in allowed:
@@ -127,7 +132,9 @@ class StudyParameters(_Config):
         if self.preset != self.usual_preset:
             parts.append(self.preset)
         if self.text and self.text != "verse":
-            parts.append("".join(c if c.isalnum() else "-" for c in Path(self.text).stem.lower()) or "text")
+            parts.append(re.sub(r"[^a-z0-9]+", "-", Path(self.text).stem.lower()).strip("-") or "text")
+        if self.vocab_size != type(self).vocab_size:
+            parts.append(str(self.vocab_size))
         return repository() / "results" / "local" / "-".join(parts)
 
 

@@ -17,6 +17,7 @@ import pandas as pd
 from tinylm.config import ModelConfig
 from tinylm.errors import LabError
 from tinylm.study.scaling import Fit, LearningRateRule
+from tinylm.words import duration
 
 FAR = 30.0  # a budget so many times the largest one fitted is far beyond the evidence
 # Up to so many epochs repeated text was worth nearly as much as new (Muennighoff et al. 2023, arXiv:2305.16264).
@@ -92,7 +93,7 @@ class Plan:
             "learning_rate": f"{self.learning_rate:.3g}",
             "FLOPs": f"{self.flops:.3g}",
             "expected loss (nats/token)": f"{self.loss:.3f} ({self.low:.3f} to {self.high:.3f})",
-            "expected time": "not known" if self.seconds is None else _duration(self.seconds),
+            "expected time": "not known" if self.seconds is None else duration(self.seconds),
             "of the largest budget fitted": f"{self.reach:.2g}x" + (", far beyond the evidence" if self.far else ""),
             "a model half the size costs": f"{self.smaller_costs:+.3f} nats",
             "a model twice the size costs": f"{self.larger_costs:+.3f} nats",
@@ -107,7 +108,7 @@ class Plan:
             f"{self.steps:,} steps of {self.batch_size} windows at a learning rate of {self.learning_rate:.2g}. "
             f"Expect a loss of {self.loss:.3f} ({self.low:.3f} to {self.high:.3f})"
         )
-        text += f" after {_duration(self.seconds)}." if self.seconds is not None else "."
+        text += f" after {duration(self.seconds)}." if self.seconds is not None else "."
         return " ".join([text, *self.warnings])
 
     def target(self, run_id: str) -> dict:
@@ -231,12 +232,6 @@ def _price(fit: Fit, options: pd.DataFrame, best: int, factor: float) -> float:
     return float(there - options["loss"].iloc[best])
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 def measure_speed(
     configs: Sequence[ModelConfig],
     seconds_each: float = 1.0,
@@ -277,7 +272,7 @@ def measure_speed(
 
 def _steps_per_second(torch, model, batch_size: int, seconds: float) -> float:
     """Training steps per second: the median over blocks of about a tenth of the time each."""
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     generator = torch.Generator().manual_seed(0)
     shape = (batch_size, model.config.max_seq_len)
     inputs = torch.randint(model.config.vocab_size, shape, generator=generator)

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from tinylm.study.scaling import Fit, best_learning_rate
+from tinylm.words import quantity
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -100,14 +101,6 @@ class _LogTicks(ticker.Locator):
         return ticks[(ticks >= vmin * 0.9999) & (ticks <= vmax * 1.0001) & (ticks > 0)]
 
 
-def quantity(value: float, _position: object = None) -> str:
-    """A count in short: 950, 20k, 1.5M, 3B."""
-    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= 0.9995 * unit:
-            return f"{value / unit:.3g}{name}"
-    return f"{value:.3g}"
-
-
 def power_of_ten(value: float, _position: object = None) -> str:
     """A large number in mathtext: 10^11, 2x10^11."""
     if value <= 0:
@@ -121,13 +114,13 @@ def _plain(value: float, _position: object = None) -> str:
     return f"{value:.4g}"
 
 
-def _log(ax: Axes, axis: str, label: str, written: Callable = quantity) -> None:
+def _log(ax: Axes, axis: str, label: str, written: Callable | None = None) -> None:
     """Make ``axis`` ("x" or "y") logarithmic, with ticks a reader can read."""
     getattr(ax, f"set_{axis}scale")("log")
     getattr(ax, f"set_{axis}label")(label)
     side = getattr(ax, f"{axis}axis")
     side.set_major_locator(_LogTicks())
-    side.set_major_formatter(ticker.FuncFormatter(written))
+    side.set_major_formatter(ticker.FuncFormatter(written or (lambda value, _position: quantity(value))))
     side.set_minor_formatter(ticker.NullFormatter())
 
 
@@ -219,8 +212,8 @@ def law(
             f"floor {fit.params['E']:.2f}", (seen.min(), fit.params["E"]), (2, 2), textcoords="offset points",
             color=GREY, fontsize=9,
         )  # fmt: skip
-    _log(ax, "x", x, power_of_ten if "FLOP" in x else quantity)
-    _log(ax, "y", y, _plain if "loss" in y else quantity)
+    _log(ax, "x", x, power_of_ten if "FLOP" in x else None)
+    _log(ax, "y", y, _plain if "loss" in y else None)
     if label:
         ax.legend(loc="best")
     return ax

@@ -11,15 +11,16 @@ import dataclasses
 import json
 import math
 import os
-import shutil
+import re
+import shlex
 from dataclasses import dataclass
 
 import pandas as pd
 from scipy import stats
 
 from tinylm import counts, files
-from tinylm.config import GenerateConfig
-from tinylm.errors import TextError
+from tinylm.config import GenerateConfig, TrainConfig
+from tinylm.errors import LabError, TextError
 from tinylm.study import forecasts, planner, plots, scaling
 from tinylm.study.design import (
     LADDER,
@@ -32,10 +33,11 @@ from tinylm.study.design import (
     rung_sizes,
     tune,
 )
-from tinylm.study.parameters import QuickstartParameters, repository
-from tinylm.study.report import Report, duration, interval, quantity
+from tinylm.study.parameters import QuickstartParameters, repository, within_repository
+from tinylm.study.report import Report, interval
 from tinylm.study.runs import Folder, Run, about_corpus, prepare_corpus
 from tinylm.study.sweep import sweep, worker_pool
+from tinylm.words import duration, quantity
 
 SMALLEST_TEXT = 2_000_000  # bytes; below it the runs of an isoFLOP family would repeat the text many times
 
@@ -98,7 +100,11 @@ def command(run: Run) -> str:
             value = getattr(config, field.name)
             if value != field.default:
                 name = field.name.replace("_", "-")
-                words.append(f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name} {value}")
+                words.append(
+                    f"--{'' if value else 'no-'}{name}"
+                    if isinstance(value, bool)
+                    else f"--{name} {shlex.quote(str(value))}"
+                )
     return " \\\n    ".join(words)
 
 
@@ -157,26 +163,30 @@ class Study:
             f"train the models, {split['val'] / total:.0%} judge them, and the rest is kept for a last test; the parts are "
             f"contiguous blocks. A {self.data.tokenizer} tokenizer of {self.settings.vocab_size} pieces, trained on the "
             f"training part alone, cuts it into {quantity(tokens['train'])} training tokens of "
-            f"{split['train'] / tokens['train']:.2f} bytes each. Loss is in nats per token of the validation part; a guess "
-            f"at random would lose {math.log(self.settings.vocab_size):.2f}."
+            f"{split['train'] / tokens['train']:.2f} bytes each. Loss is in nats per token over {TrainConfig().eval_tokens:,} "
+            f"tokens of the validation part at most, the same for every run; a guess at random would lose "
+            f"{math.log(self.settings.vocab_size):.2f}."
         )
 
     def describe_recipe(self) -> None:
-        """The frozen recipe, and where its evidence is."""
-        recipe = self.recipe
+        """The frozen recipe, and its evidence where it is at hand."""
+        recipe, evidence = self.recipe, repository() / "results" / "recipe"
         self.report.section("The recipe")
         self.report.text(
-            "Every run has the same recipe: RMSNorm before each part, SwiGLU, RoPE, multi-head attention, tied "
-            f"embeddings; windows of {recipe.seq_len} tokens; weights drawn with the spread that their width asks for "
-            f"(`init={recipe.init!r}`); AdamW with weight decay {recipe.weight_decay:g} and beta2 {recipe.beta2:g}; warmup over "
-            f"as many tokens as the model has parameters, at most {recipe.warmup_share:.0%} of the run, then a cosine to zero "
-            f"that ends where the run ends; {recipe.batch_tokens_base:g} tokens a step for 300,000 tokens of training, growing "
-            "with the square root of the tokens. These were chosen by measurement before this study and then frozen: the "
-            "evidence is in [results/recipe](../recipe/README.md)."
-            if self.folder == repository() / "results" / self.folder.name
-            else "Every run has the recipe that was chosen by measurement on `verse` and frozen: see results/recipe/README.md in "
-            "the repository."
+            "Every run has the same recipe: RMSNorm before each part, SwiGLU, RoPE, multi-head attention, tied embeddings; "
+            f"windows of {recipe.seq_len} tokens; weights drawn with the spread that their width asks for (`init={recipe.init}`); "
+            f"AdamW with weight decay {recipe.weight_decay:g} and beta2 {recipe.beta2:g}; warmup over as many tokens as the model "
+            f"has parameters, at most {recipe.warmup_share:.0%} of the run, then a cosine to zero that ends where the run ends; "
+            f"{recipe.batch_tokens_base:g} tokens a step for 300,000 tokens of training, growing with the square root of the "
+            "tokens. It was chosen by measurement on `verse` before this study, and then frozen."
         )
+        table = evidence / "tables" / "variants.csv"
+        if table.exists():
+            self.report.table(
+                pd.read_csv(table), "recipe", "The evidence: what changing one thing does to the loss at small budgets, each "
+                f"variant at its best rate (more in {os.path.relpath(evidence, self.folder)}/README.md)", budget=".0e", variant="",
+                rate=".3g", loss=".3f", seed_sd=".3f", seeds="d", difference="+.3f", low="+.3f", high="+.3f",
+            )  # fmt: skip
 
     def train_seeds(self, run: Run) -> pd.DataFrame:
         """The same run with ``preset.seeds`` seeds."""
@@ -188,6 +198,7 @@ class Study:
 
     def show_noise(self, frame: pd.DataFrame) -> None:
         self.noise = frame
+        frame = frame[frame.val_loss.notna()]
         n, sd = len(frame), frame.val_loss.std()
         low, high = (sd * math.sqrt((n - 1) / stats.chi2.ppf(q, n - 1)) for q in (0.95, 0.05))
         self.seed_sd = sd
@@ -195,14 +206,15 @@ class Study:
         self.report.text(
             f"The same run with {n} seeds ({frame.hidden_size.iloc[0]} x {frame.num_layers.iloc[0]}, "
             f"{quantity(frame.tokens_seen.iloc[0])} tokens): the standard deviation of the loss is **{sd:.4f} nats** (90 % "
-            f"interval {interval(low, high, '.4f')}). Differences below twice that are no differences."
+            f"interval {interval(low, high, '.4f')}). Two single runs must differ by {1.96 * 2**0.5 * sd:.3f} "
+            "nats before chance is unlikely."
         )
         self.report.figure("seeds", f"{n} seeds of one run", lambda ax: plots.seeds(frame, ax=ax), size=(7, 2.2))
         table = pd.DataFrame(
             [{"runs": n, "mean": frame.val_loss.mean(), "sd": sd, "sd_low_90": low, "sd_high_90": high}]
         )
         files.write_whole(self.folder / "tables" / "seeds.csv", table.to_csv(index=False))
-        self.findings.append(f"Two runs that differ in their seed alone differ by about {sd:.3f} nats (sd).")
+        self.findings.append(f"The seed alone moves the loss by {sd:.3f} nats (standard deviation of {n} runs).")
 
     def task(self, run: Run):
         """The run as the results folder identifies it."""
@@ -210,38 +222,43 @@ class Study:
 
     def seal_and_score(self, run: Run, target: dict, prediction: dict, fit: scaling.Fit, what: str) -> None:
         """Seal a forecast before its run exists, train the run, and hold the one against the other."""
-        folder = self.folder.parent / "forecasts"
+        inside = self.folder.is_relative_to(repository() / "results")
+        folder = (self.folder.parent if inside else self.folder) / "forecasts"
+        study = re.sub(r"[^A-Za-z0-9_.-]+", "-", self.folder.name).strip("-.") or "study"
         earlier = forecasts.load(folder)
-        earlier = earlier[(earlier.run_id == target["run_id"]) & (earlier.study == self.folder.name)]
+        earlier = earlier[(earlier.run_id == target["run_id"]) & (earlier.study == study)]
         if len(earlier):  # sealed by an earlier start of this study: that one counts
             sealed = folder / f"{earlier['name'].iloc[0]}.json"
             prediction = earlier.iloc[0]
         else:
-            sealed = forecasts.seal(
-                folder, study=self.folder.name, target=target, prediction=prediction, fit=fit.to_dict()
-            )
+            sealed = forecasts.seal(folder, study=study, target=target, prediction=prediction, fit=fit.to_dict())
         loss, low, high = (float(prediction[name]) for name in ("loss", "low", "high"))
-        print(f"sealed {sealed.name}: loss {loss:.3f} ({low:.3f} to {high:.3f}); its run comes now")
+        print(f"sealed {sealed.name}: loss {loss:.3f} ({low:.3f} to {high:.3f})")
         self.final = self.train([run], keep_models=True)
         record = self.final.iloc[0]
-        score = forecasts.score(
-            folder, sealed, {"loss": record.val_loss, "time": record.started, "run_id": record.run_id}
-        )
-        kept = score["inside"]
         self.report.section("A forecast, sealed and scored")
+        said = f"the loss of {what} was forecast: **{loss:.3f} nats, 95 % interval {interval(low, high)}**"
+        try:
+            observed = {"loss": record.val_loss, "time": record.started, "run_id": record.run_id}
+            score = forecasts.score(folder, sealed, observed)
+        except LabError as error:  # it diverged, or its seal was lost and made anew after the run
+            self.report.text(f"Before its run, {said}. It could not be scored ({record.status}). {error}")
+            self.findings.append("The sealed forecast could not be scored.")
+            return
+        error, kept = score["error_percent"], score["inside"]
+        where = os.path.relpath(sealed, self.folder)
         self.report.text(
-            f"Before it was trained, the loss of {what} was forecast: **{loss:.3f} nats, 95 % interval {interval(low, high)}**. "
-            f"It came out at **{record.val_loss:.3f}**: {score['error_percent']:+.2f} % off, {'inside' if kept else 'outside'} "
-            f"the interval. The seal with its time is [{sealed.name}](../forecasts/{sealed.name})."
+            f"Before it was trained, {said}. It came out at **{record.val_loss:.3f}**: {error:+.2f} % off, "
+            f"{'inside' if kept else 'outside'} the interval. The seal with its time is [{sealed.name}]({where})."
         )
         table = forecasts.load(folder)
         self.report.figure(
             "forecast", "What was forecast and what came out",
-            lambda ax: plots.forecast(table[table.name == sealed.stem], ax=ax), size=(7, 2.4),
+            lambda ax: plots.forecast(table[table["name"] == sealed.stem], ax=ax), size=(7, 2.4),
         )  # fmt: skip
         self.findings.append(
-            f"A forecast sealed before its run missed by {score['error_percent']:+.2f} % of the loss and "
-            f"{'kept' if kept else 'left'} its 95 % interval: {what}."
+            f"A forecast sealed before its run missed by {error:+.2f} % of the loss and {'kept' if kept else 'left'} its 95 % "
+            f"interval: {what}."
         )
 
     def show_samples(self, prompts: tuple[str, ...] = ("The ", "And ")) -> None:
@@ -254,7 +271,7 @@ class Study:
         if not path.exists():
             self.report.text("The model was not kept, so there is no page of its own here.")
             return
-        shutil.copyfile(path, self.folder / "models" / "best.safetensors")
+        files.write_whole(self.folder / "models" / "best.safetensors", path.read_bytes())
         model, tokenizer, _ = load_model(path)
         config = GenerateConfig(temperature=0.8, top_p=0.95, max_new_tokens=220, seed=self.settings.seed)
         pages = generate(model, tokenizer, list(prompts), config)
@@ -302,7 +319,7 @@ class Study:
         if self._executor is not None:
             self._pool.__exit__(None, None, None)
             self._executor = None
-        print(f"report: {self.folder / 'README.md'}")
+        print(f"report: {within_repository(self.folder / 'README.md')}")
 
 
 class ComputeStudy(Study):
@@ -368,7 +385,7 @@ class ComputeStudy(Study):
         self.report.text(
             "Each family spends the same compute on models of several sizes, each trained on the tokens that are left for it. "
             "The lowest point of its curve is the best size for that compute. "
-            + (f"{outside} of {len(minima)} minima lie at the edge of their family and are only bounds."
+            + (f"{outside} of {len(minima)} have no minimum inside their sizes, and the best size tried is only a bound."
                if outside else "All minima lie inside their families.")
         )  # fmt: skip
         self.report.figure(
@@ -383,7 +400,7 @@ class ComputeStudy(Study):
         last = minima.iloc[-1]
         self.findings.append(
             f"With {last.budget:.0e} FLOPs the best model here has about {quantity(last.params_opt)} parameters"
-            + (f" ({quantity(last.params_low)} to {quantity(last.params_high)})" if last.inside else ", a bound")
+            + ("" if math.isnan(last.params_low) else f" ({quantity(last.params_low)} to {quantity(last.params_high)})")
             + f" and reads {quantity(last.tokens_opt)} tokens; it loses {last.loss_min:.3f} nats per token."
         )
 
@@ -406,11 +423,17 @@ class ComputeStudy(Study):
         middle = sorted(self.preset.budgets)[len(self.preset.budgets) // 2]
         centre = self.best[self.best.budget == middle].sort_values("val_loss").iloc[0]
         own = self.points[int(centre.point)]
-        first = min(max(0, LADDER.index(own.shape) - 2), len(LADDER) - 5)
-        points = [Point(shape, own.tokens, "sizes") for shape in LADDER[first : first + 5]]
-        points += [Point(own.shape, own.tokens * 2.0**power, "amounts") for power in (-2, -1, 0, 1, 2)]
+        shapes = [
+            s for s in LADDER if self.flops_of(s, own.tokens) <= max(self.preset.budgets)
+        ]  # none beyond the families
+        last = min(LADDER.index(own.shape) + 2, len(shapes) - 1)
+        points = [Point(shape, own.tokens, "sizes") for shape in shapes[max(0, last - 4) : last + 1]]
+        points += [Point(own.shape, own.tokens * 2.0**power, "amounts") for power in (-3, -2, -1, 0, 1)]
         runs = [run for point in points for run in self.runs_at(point, [self.rule_rate(point.shape, point.tokens)])]
         self.sections = self.train(runs)
+
+    def flops_of(self, shape: tuple[int, int, int], tokens: float) -> float:
+        return tokens * counts.train_flops_per_token(self.model(shape), self.recipe.seq_len)
 
     def rule_rate(self, shape: tuple[int, int, int], tokens: float) -> float:
         """The measured rule's learning rate, to three digits."""
@@ -428,17 +451,22 @@ class ComputeStudy(Study):
         }
         names = {"L_min": "L(C) at the best size", "N_opt": "N_opt(C)", "D_opt": "D_opt(C)"}
         laws |= {names[name]: fit for name, fit in self.iso_laws.items()}
-        self.rows = pd.concat([self.sizes, sections])[["params_total", "tokens_seen", "val_loss"]]
+        columns = ["params_total", "tokens_seen", "epochs", "flops", "val_loss"]
+        rows = pd.concat([self.sizes, sections.drop_duplicates("run_id")])[columns]
+        repeated = int((rows.epochs > 1).sum())  # text read twice is worth less than new text: another law
+        self.rows = rows[rows.epochs <= 1] if repeated else rows
+        self.largest = self.rows.flops.max()
         self.surface = scaling.fit_surface(self.rows.params_total, self.rows.tokens_seen, self.rows.val_loss, **boot)
         laws["L(N, D)"] = self.surface
         table = pd.concat([fit.table().reset_index().assign(law=name, points=fit.n) for name, fit in laws.items()])
         self.report.section("The laws")
         middle = amounts.iloc[0]
         self.report.text(
-            "Over the range measured here three straight lines in log-log, L = A x^-alpha: the text held at "
+            "Over the range measured here, straight lines in log-log, L = A x^-alpha: the text held at "
             f"{quantity(sizes.tokens_seen.median())} tokens while the model grows, the model held at {middle.hidden_size} x "
             f"{middle.num_layers} while the text grows, and the best size for each compute. Under them lies one surface: "
             f"{self.surface.sentence()}"
+            + (f" {repeated} points that read the text more than once are left out of it." if repeated else "")
         )
         self.report.table(
             table, "laws", "Fitted parameters with 95 % intervals (L in nats per token; N parameters, embeddings included; "
@@ -460,7 +488,7 @@ class ComputeStudy(Study):
 
     def forecast(self) -> None:
         """What the planner expects of a budget beyond all that was fitted."""
-        largest = max(self.preset.budgets)
+        largest = self.largest
         plan = self._plan(budget_flops=1.02 * self.preset.beyond * largest)  # whole steps must not fall short of it
         shape = next(shape for shape in LADDER if shape[:2] == (plan.hidden_size, plan.num_layers))
         run = self.runs_at(Point(shape, plan.tokens, "forecast"), [self.rule_rate(shape, plan.tokens)])[0]
@@ -468,7 +496,7 @@ class ComputeStudy(Study):
         self.seal_and_score(
             run, {**plan.target(self.task(run).run_id), "learning_rate": rate, "flops": run.flops},
             {"loss": plan.loss, "low": plan.low, "high": plan.high}, self.surface,
-            f"a run of {run.flops / largest:.1f} times the largest budget fitted, at the planner's own size and tokens "
+            f"a run of {run.flops / largest:.1f} times the compute of the largest run fitted, at the planner's own size and tokens "
             f"({plan.hidden_size} x {plan.num_layers}, {quantity(plan.params)} parameters, {quantity(plan.tokens)} tokens, "
             f"learning rate {rate:g})",
         )  # fmt: skip
@@ -477,7 +505,7 @@ class ComputeStudy(Study):
         return planner.plan(
             self.surface, self.lr_rule, rung_sizes(self.recipe, self.settings.vocab_size),
             batch_rule=self.recipe.batch_size, seq_len=self.recipe.seq_len, seed_sd=self.seed_sd,
-            largest_flops_fitted=max(self.preset.budgets), tokens_available=self.corpus["tokens"]["train"], **budget,
+            largest_flops_fitted=self.largest, tokens_available=self.corpus["tokens"]["train"], **budget,
         )  # fmt: skip
 
     def machine_speed(self) -> planner.Speed:
@@ -513,7 +541,7 @@ class ComputeStudy(Study):
         self.report.section("What to train next")
         self.report.text(
             f"Planned from the surface and from this machine's speed, measured when it was idle ({speed.threads} threads). "
-            f"`reach` is the plan's compute over the largest budget fitted; over {planner.FAR:.0f} it is marked as far beyond "
+            f"`reach` is the plan's compute over that of the largest run fitted; over {planner.FAR:.0f} it is marked as far beyond "
             "the evidence, and its interval knows nothing of what may change on the way."
         )
         self.report.table(
@@ -534,14 +562,15 @@ class ComputeStudy(Study):
         self.findings.append(
             f"Next, with {minutes:g} minutes on this machine: {first.hidden_size} x {first.num_layers} on "
             f"{quantity(first.tokens)} tokens at learning rate {first.learning_rate:.2g}, for an expected loss of "
-            f"{first.loss:.3f} ({interval(first.low, first.high)}), {first.reach:.0f} times beyond the largest budget fitted."
+            f"{first.loss:.3f} ({interval(first.low, first.high)}), with {first.reach:.0f} times the compute of the "
+            "largest run fitted."
         )
         law = {
-            "surface": {**self.surface.to_dict(), "samples": self.surface.samples.round(8).to_dict("list")},
+            "surface": {**self.surface.to_dict(), "samples": self.surface.samples.to_dict("list")},
             "lr_rule": dataclasses.asdict(self.lr_rule),
             "ladder": rung_sizes(self.recipe, self.settings.vocab_size).to_dict("records"),
             "seed_sd": self.seed_sd,
-            "largest_flops": max(self.preset.budgets),
+            "largest_flops": self.largest,
             "tokens_available": self.corpus["tokens"]["train"],
         }
         files.write_whole(self.folder / "tables" / "law.json", json.dumps(law) + "\n")
@@ -601,10 +630,10 @@ class DataStudy(Study):
         self.lowest = self.best.loc[self.best.groupby("unique_tokens").val_loss.idxmin()].sort_values("unique_tokens")
         self.report.section("Loss against the amount of text")
         self.report.table(
-            self.lowest.assign(overfit=self.lowest.val_loss - self.lowest.train_loss), "amounts",
-            "The best model of each amount: epochs until the best validation loss or the end, and how far the training loss fell "
-            "below the validation loss", unique_tokens=",d", hidden_size="d", num_layers="d", learning_rate=".3g", epochs=".1f",
-            val_loss=".3f", overfit="+.3f", status="",
+            self.lowest, "amounts",
+            "The best model of each amount: the epochs it was trained for, and the best validation loss on the way",
+            unique_tokens=",d", hidden_size="d", num_layers="d", learning_rate=".3g", epochs=".1f",
+            val_loss=".3f", status="",
         )  # fmt: skip
         self.report.figure(
             "data_limited", "Validation and training loss against distinct training tokens",

@@ -114,18 +114,3 @@ def _cell(value: object, spec: str) -> str:
 def interval(low: float, high: float, spec: str = ".3f") -> str:
     """A 95 % interval in words: "1.234 to 1.345"."""
     return f"{format(low, spec)} to {format(high, spec)}"
-
-
-def quantity(value: float) -> str:
-    """A count that spans many sizes, in words: 39.6k, 1.2M, 340M."""
-    for size, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{name}"
-    return f"{value:.3g}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words: 45 s, 8 min, 1.5 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

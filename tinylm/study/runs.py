@@ -421,26 +421,40 @@ class Folder:
     @contextlib.contextmanager
     def locked(self, name: str) -> typing.Iterator[None]:
         """Hold a lock of this folder that the system takes back when its holder dies; wait while another holds it."""
+        path = self.checkpoints / f"{name}.lock"
+        handle = None
+        try:
+            while handle is None:
+                handle = self._open_lock(path)
+                while fcntl and not _stop.is_set():
+                    try:
+                        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        break
+                    except BlockingIOError:
+                        time.sleep(0.1)
+                    except OSError:  # a file system without locks: at worst a run is trained twice, to the same record
+                        break
+                with contextlib.suppress(OSError):
+                    if os.path.samestat(os.fstat(handle), os.stat(path)):
+                        break
+                if _stop.is_set():
+                    break
+                os.close(handle)  # its holder removed the file while we waited: lock the one that stands there now
+                handle = None
+            yield
+        finally:
+            if handle is not None:
+                os.close(handle)
+
+    def _open_lock(self, path: Path) -> int:
         for attempt in range(5):
             try:
                 self.checkpoints.mkdir(parents=True, exist_ok=True)
-                handle = os.open(self.checkpoints / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
-                break
+                return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             except OSError as error:  # another sweep may just have tidied the folder away
                 if attempt == 4 or not isinstance(error, FileNotFoundError):
                     raise files.disk_error(error, self.checkpoints) from error
-        try:
-            while fcntl and not _stop.is_set():
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    time.sleep(0.1)
-                except OSError:  # a file system without locks: at worst a run is trained twice, to the same record
-                    break
-            yield
-        finally:
-            os.close(handle)
+        raise AssertionError("not reached")
 
     def note_progress(self, run_id: str, step: int, seconds: float) -> None:
         """Leave word of how far a run is, for whoever waits for it; losing it costs nothing."""

@@ -1,0 +1,18 @@
+"""Numbers in words, the same everywhere a person reads them."""
+
+from __future__ import annotations
+
+
+def quantity(value: float) -> str:
+    """A count that may span many sizes: 39.6k, 1.2M, 340M, 2B."""
+    for size, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size * (1 - 5e-4):
+            return f"{value / size:.3g}{name}"
+    return f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds to two digits or so: 45 s, 8 min, 1.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
