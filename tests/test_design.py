@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -252,7 +253,7 @@ def test_earlier_rates_stay_in_the_table_and_are_asked_for_again():
     bench = Bench({16: 0.05, 32: 0.01})
     frame = bench.tune()
     asked = [{(run.model.hidden_size, run.train.learning_rate) for run in runs} for runs in bench.asked]
-    assert all(before < after for before, after in zip(asked, asked[1:], strict=False))
+    assert all(before < after for before, after in itertools.pairwise(asked))
     assert set(zip(frame.hidden_size, frame.learning_rate, strict=True)) == asked[-1]
     assert not frame.duplicated(["hidden_size", "learning_rate"]).any()
 

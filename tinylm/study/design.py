@@ -19,10 +19,10 @@ from tinylm.study.runs import Run
 LADDER = (
     (8, 2, 2),
     (12, 2, 2),
-    (16, 2, 2),
-    (24, 2, 2),
-    (32, 2, 2),
-    (48, 2, 2),
+    (16, 2, 4),
+    (24, 2, 4),
+    (32, 2, 4),
+    (48, 2, 4),
     (64, 2, 4),
     (72, 3, 4),
     (96, 4, 4),
@@ -43,7 +43,7 @@ class Recipe:
     batch_tokens_base: tokens a step at 300,000 tokens of training; grows with the square root of the tokens, in power-of-two
     windows. warmup_share: the most of a run that warmup may take; below that it lasts as many tokens as the model has
     parameters. lr_base: first guess of the best learning rate at 40,000 parameters; falls as parameters^-lr_exponent. group:
-    query heads that share one key-value head; 1 is multi-head attention.
+    query heads that share one key-value head; 1 is multi-head attention. rope_theta: small, since windows are short.
     """
 
     seq_len: int = 128
@@ -53,8 +53,9 @@ class Recipe:
     lr_base: float = 0.012
     lr_exponent: float = 0.6
     group: int = 1
+    rope_theta: float = 100.0
     weight_decay: float = 0.1
-    beta2: float = 0.95
+    beta2: float = 0.99
 
     def model(self, shape: tuple[int, int, int], vocab_size: int, **changes) -> ModelConfig:
         """The baseline architecture at one rung: RMSNorm, pre-norm, SwiGLU, RoPE, multi-head attention, tied embeddings."""
@@ -67,6 +68,7 @@ class Recipe:
                 "num_heads": num_heads,
                 "num_kv_heads": max(1, num_heads // self.group),
                 "max_seq_len": self.seq_len,
+                "rope_theta": self.rope_theta,
                 "init": self.init,
                 **changes,
             }

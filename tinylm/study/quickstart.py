@@ -173,8 +173,9 @@ class Study:
         recipe, evidence = self.recipe, repository() / "results" / "recipe"
         self.report.section("The recipe")
         self.report.text(
-            "Every run has the same recipe: RMSNorm before each part, SwiGLU, RoPE, multi-head attention, tied embeddings; "
-            f"windows of {recipe.seq_len} tokens; weights drawn with the spread that their width asks for (`init={recipe.init}`); "
+            "Every run has the same recipe: RMSNorm before each part, SwiGLU, multi-head attention, tied embeddings, RoPE with "
+            f"rope_theta {recipe.rope_theta:g}; windows of {recipe.seq_len} tokens; weights drawn with the spread that their "
+            f"width asks for (`init={recipe.init}`); "
             f"AdamW with weight decay {recipe.weight_decay:g} and beta2 {recipe.beta2:g}; warmup over as many tokens as the model "
             f"has parameters, at most {recipe.warmup_share:.0%} of the run, then a cosine to zero that ends where the run ends; "
             f"{recipe.batch_tokens_base:g} tokens a step for 300,000 tokens of training, growing with the square root of the "
@@ -584,7 +585,7 @@ class DataStudy(Study):
     each read several times with early stopping, and the whole text as the sealed forecast."""
 
     title = "What a small model learns from {text}: a study limited by data"
-    shapes = ((32, 2, 2), (64, 2, 4))
+    shapes = ((32, 2, 4), (64, 2, 4))
     patience = 4  # evaluations, of twenty in a run
 
     def plan_sweep(self) -> None:
