@@ -144,7 +144,8 @@ def test_a_second_call_trains_nothing_and_gives_the_same_bytes(results, tmp_path
     done = call(tmp_path, "tinylm", "study", "--preset", "smoke", "--results-dir", results)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert times_of(results) == times
-    assert " to train" not in done.stdout.replace("0 to train", "") and "nothing to train" in done.stdout
+    assert "nothing to train" in done.stdout and "trained in" not in done.stdout
+    assert set(re.findall(r"(\d+) (?:runs? )?to train", done.stdout)) == {"0"}
     after = files_of(results)
     assert set(after) - set(before) == {"notebook.ipynb", "notebook.html"}
     changed = [name for name, content in before.items() if after[name] != content]
