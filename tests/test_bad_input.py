@@ -270,7 +270,6 @@ def test_a_folder_of_another_text_keeps_to_its_own(trained, no_work):
     assert files_of(out) == before
 
 
-@pytest.mark.xfail(strict=True, reason="a single run asks for its record before it looks at the text, as sweeps do")
 def test_a_run_recorded_on_another_text_is_not_taken_for_this_ones(trained, no_work):
     command, _, _ = trained
     path = Path(command[2])

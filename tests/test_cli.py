@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from tinylm.cli import main
 from tinylm.config import DataConfig, GenerateConfig, ModelConfig, TrainConfig
 from tinylm.errors import LabError
-from tinylm.study import notebooks
+from tinylm.study import notebooks, parameters
 
 CONFIGS = (DataConfig, ModelConfig, TrainConfig, GenerateConfig)
 
@@ -420,9 +420,9 @@ def test_studies_without_a_repository(monkeypatch, tmp_path):
 
 
 def test_results_in_the_repository_do_not_name_the_machine(monkeypatch, tmp_path):
-    monkeypatch.setattr(notebooks, "repository", lambda: tmp_path)
-    assert notebooks.within_repository(tmp_path / "results" / "mine") == "results/mine"
-    assert notebooks.within_repository(tmp_path.parent / "elsewhere") == str(tmp_path.parent / "elsewhere")
+    monkeypatch.setattr(parameters, "repository", lambda: tmp_path)
+    assert parameters.within_repository(tmp_path / "results" / "mine") == "results/mine"
+    assert parameters.within_repository(tmp_path.parent / "elsewhere") == str(tmp_path.parent / "elsewhere")
 
 
 def alive(pid: int) -> bool:

@@ -184,7 +184,6 @@ def test_a_live_kernel_adds_no_parameter(shell):
     assert (settings.preset, settings.workers) == ("smoke", 2)
 
 
-@pytest.mark.xfail(strict=True, reason="what the cell itself made is taken for a parameter")
 def test_the_cell_that_checks_the_parameters_may_be_run_again(shell):
     """As a person does who changes a parameter in Jupyter and runs the notebook from the top."""
     cells = json.loads((repository() / "studies" / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]

@@ -148,7 +148,6 @@ def test_a_table_keeps_ten_digits_in_its_file(tmp_path):
     assert pd.read_csv(tmp_path / "tables" / "digits.csv").x[0] == pytest.approx(value, rel=1e-9)
 
 
-@pytest.mark.xfail(strict=True, reason="rows are read through a common type, which turns whole numbers into floats")
 def test_whole_numbers_stay_whole_beside_others(tmp_path):
     report = Report(tmp_path, "Title")
     report.table(pd.DataFrame({"seeds": [3, 8], "loss": [2.5, 2.25]}), "mixed", "", seeds="d", loss=".2f")

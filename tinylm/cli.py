@@ -337,11 +337,12 @@ def study(name: str, results_dir: Path | None, more: tuple[tuple[str, str], ...]
     Finished runs are kept: a study that was stopped goes on where it was.
     """
     from tinylm.study import notebooks
+    from tinylm.study.parameters import within_repository
 
     given = {key: value for key, value in named.items() if value is not None}
     parameters = {**given, **{key: _value(value) for key, value in more}}
     if results_dir:
-        parameters["results_dir"] = notebooks.within_repository(results_dir)
+        parameters["results_dir"] = within_repository(results_dir)
     notebook = notebooks.find_study(name)
     folder = notebooks.results_folder(name, parameters)
     try:

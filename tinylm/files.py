@@ -78,7 +78,7 @@ def sync_folder(folder: Path) -> None:
 
 def disk_error(error: OSError, path: str | os.PathLike) -> LabError:
     """An operating system's complaint about a write, as a message with a way out."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return LabError(
             "The disk must have room for what is written",
             f"no space left for {path}",

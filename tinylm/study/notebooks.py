@@ -59,13 +59,6 @@ def results_folder(name: str, parameters: Mapping[str, object]) -> Path:
     return repository() / str(parameters.get("results_dir", Path("results", "local", name)))
 
 
-def within_repository(path: Path) -> str:
-    """A path as a study takes it: relative to the repository where it lies in it, so that a result does not name the
-    folders of the machine that made it; else in full."""
-    path = Path(path).expanduser().resolve()
-    return path.relative_to(repository()).as_posix() if path.is_relative_to(repository()) else str(path)
-
-
 def run_notebook(notebook: Path, results_dir: Path, parameters: Mapping[str, object]) -> Path:
     """Execute a parametrised notebook with papermill; return the path of the page made of it.
 

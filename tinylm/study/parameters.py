@@ -27,6 +27,13 @@ def repository() -> Path:
     return Path(__file__).resolve().parents[2]
 
 
+def within_repository(path: Path) -> str:
+    """A path as a study takes it: relative to the repository where it lies in it, so that a result does not name the
+    folders of the machine that made it; else in full."""
+    path = Path(path).expanduser().resolve()
+    return path.relative_to(repository()).as_posix() if path.is_relative_to(repository()) else str(path)
+
+
 def given(namespace: dict[str, object]) -> dict[str, object]:
     """The parameters among the names of a notebook that has run nothing but its parameters cell."""
     return {
@@ -36,6 +43,7 @@ def given(namespace: dict[str, object]) -> dict[str, object]:
         and name not in _KERNEL_NAMES
         and not isinstance(value, types.ModuleType)
         and not callable(value)
+        and not type(value).__module__.startswith("tinylm")  # what later cells made, where this one is run again
     }
 
 

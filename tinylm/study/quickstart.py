@@ -217,6 +217,16 @@ class Study:
         files.write_whole(self.folder / "tables" / "seeds.csv", table.to_csv(index=False))
         self.findings.append(f"The seed alone moves the loss by {sd:.3f} nats (standard deviation of {n} runs).")
 
+    def _again(self) -> str:
+        """The command that makes this study."""
+        words = "tinylm study --results-dir FOLDER"
+        for field in dataclasses.fields(self.settings):
+            value = getattr(self.settings, field.name)
+            if value != field.default and field.name not in ("results_dir", "workers"):
+                text = ",".join(f"{v:g}" for v in value) if isinstance(value, tuple) else str(value)
+                words += f" -p {field.name} {shlex.quote(text)}"
+        return words
+
     def task(self, run: Run):
         """The run as the results folder identifies it."""
         return Folder(self.folder).task(run)
@@ -313,7 +323,7 @@ class Study:
             f"{len(runs)} runs, {runs.flops.sum():.2g} FLOPs, {duration(runs.seconds.sum())} of work for one core, "
             f"on {', '.join(f'{k} {v}' for k, v in arithmetic.items())}. One JSON a run is in [runs](runs), every run in one "
             f"table in [tables/runs.csv](tables/runs.csv). Again, from its records or for real in an empty folder: "
-            f"`python -m tinylm study --preset {self.settings.preset} --text {self.data.text} --results-dir FOLDER`."
+            f"`{self._again()}`."
         )
         self.report.summary("\n".join(f"- {line}" for line in self.findings))
         self.report.write()
@@ -456,7 +466,7 @@ class ComputeStudy(Study):
         rows = pd.concat([self.sizes, sections.drop_duplicates("run_id")])[columns]
         repeated = int((rows.epochs > 1).sum())  # text read twice is worth less than new text: another law
         self.rows = rows[rows.epochs <= 1] if repeated else rows
-        self.largest = self.rows.flops.max()
+        self.largest = float(self.rows.flops.max())
         self.surface = scaling.fit_surface(self.rows.params_total, self.rows.tokens_seen, self.rows.val_loss, **boot)
         laws["L(N, D)"] = self.surface
         table = pd.concat([fit.table().reset_index().assign(law=name, points=fit.n) for name, fit in laws.items()])
@@ -667,7 +677,7 @@ class DataStudy(Study):
         alpha, span = self.law.params["alpha"], self.law.intervals["alpha"]
         self.findings.append(
             f"Twice the text multiplies the loss by {2**-alpha:.3f} ({interval(*(2**-v for v in span[::-1]))}), each amount read "
-            "until it no longer helps."
+            f"up to {self.preset.epochs} times."
         )
 
     def forecast(self) -> None:

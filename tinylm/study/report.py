@@ -66,12 +66,15 @@ class Report:
         self.pieces.append(markdown.strip())
         display(Markdown(markdown))
 
-    def table(self, frame: pd.DataFrame, name: str, caption: str, **formats: str) -> None:
+    def table(self, frame: pd.DataFrame, name: str, caption: str, /, **formats: str) -> None:
         """A table: whole as tables/<name>.csv, rounded in the text. ``formats`` are format specs by column, such as
         ``params_total=",.0f"``; only the columns they name are shown, under headings that a person reads."""
         write_whole(self.folder / "tables" / f"{name}.csv", frame.to_csv(index=False, float_format="%.10g"))
         shown = frame[list(formats)] if formats else frame
-        rows = [[_cell(value, formats.get(column, "")) for column, value in row.items()] for _, row in shown.iterrows()]
+        specs = [formats.get(column, "") for column in shown.columns]
+        rows = [
+            [_cell(*pair) for pair in zip(row, specs, strict=True)] for row in shown.itertuples(index=False, name=None)
+        ]
         heads = [HEADINGS.get(column, str(column).replace("_", " ")) for column in shown.columns]
         sides = [" :--- |" if formats.get(column) == "" else " ---: |" for column in shown.columns]
         lines = [f"| {' | '.join(heads)} |", "|" + "".join(sides)]

@@ -588,6 +588,7 @@ def train_run(
     folder = Folder(results_dir)
     task = folder.task(run, home, keep_model)
     if task and (record := folder.result(task.run_id)):
+        folder.check_own_text(run)
         return record
     folder.admit([(run, prepare_corpus(run, progress))])
     record = perform(folder.task(run, home, keep_model), progress)
