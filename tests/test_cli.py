@@ -244,6 +244,7 @@ def studied(tmp_path) -> Path:
     rule = LearningRateRule("N", 0.01, 4e4, 1e6, -0.3, 0.0, {"rate": (0.009, 0.011)}, n=9, edges=0, scatter=0.1)
     ladder = rung_sizes(Recipe(), 512)
     content = {
+        "frontier": None,
         "surface": {
             "form": "surface",
             "params": law,

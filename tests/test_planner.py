@@ -178,3 +178,15 @@ def test_fits_plans_and_plots_import_no_torch():
         "import sys, tinylm.study.planner, tinylm.study.plots, tinylm.study.forecasts; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_two_readings_are_averaged_and_their_intervals_spanned():
+    """A line through the minima changes what a plan expects, not what it chooses."""
+    line = {"A": 30.0, "alpha": 0.08}
+    frontier = Fit(form="power", params=line, samples=pd.DataFrame([{**line, "A": a} for a in np.linspace(29, 31, 41)]))
+    alone, both = (make(surface_fit=surface(0.01), frontier=fit) for fit in (None, frontier))
+    assert (alone.params, alone.tokens) == (both.params, both.tokens)
+    reading = frontier.predict(alone.flops).iloc[0]
+    assert both.loss == pytest.approx((alone.loss + reading["loss"]) / 2)
+    assert both.low == pytest.approx(min(alone.low, reading["low"]))
+    assert both.high == pytest.approx(max(alone.high, reading["high"]))

@@ -280,6 +280,7 @@ def plan(minutes: float | None, flops: float | None, results_dir: Path | None, a
         speed=speed,
         tokens_available=law["tokens_available"],
         seed_sd=law["seed_sd"],
+        frontier=law["frontier"],
     )
     if as_json:
         fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
@@ -298,10 +299,14 @@ def _law_of(law: dict) -> tuple[typing.Any, typing.Any, dict]:
     from tinylm.study.scaling import Fit, LearningRateRule
 
     names = {field.name for field in dataclasses.fields(Fit)}
-    surface = {name: value for name, value in law["surface"].items() if name in names and value is not None}
-    surface = Fit(**{**surface, "samples": pd.DataFrame(surface["samples"])})
+
+    def fit(known: dict) -> Fit:
+        known = {name: value for name, value in known.items() if name in names and value is not None}
+        return Fit(**{**known, "samples": pd.DataFrame(known["samples"])})
+
     needed = {name: law[name] for name in ("largest_flops", "tokens_available", "seed_sd")}
-    return surface, LearningRateRule(**law["lr_rule"]), {**needed, "ladder": pd.DataFrame(law["ladder"])}
+    needed |= {"ladder": pd.DataFrame(law["ladder"]), "frontier": fit(law["frontier"]) if law["frontier"] else None}
+    return fit(law["surface"]), LearningRateRule(**law["lr_rule"]), needed
 
 
 def _checked(path: Path, read: Callable[[dict], typing.Any]) -> typing.Any:

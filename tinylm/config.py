@@ -85,6 +85,8 @@ def _as_type(name: str, value: object, hint: object) -> object:
         return value
     if hint == tuple[float, ...]:
         items = value if isinstance(value, list | tuple) else (value,)
+        if any(isinstance(item, bool) or not isinstance(item, int | float) for item in items):
+            raise ConfigError(f"{name} must be one or more numbers", f"{name}={value!r}", "write 10, or [10, 60]")
         return tuple(_as_type(name, item, float) for item in items)
     for kind in allowed:
         if kind is bool and isinstance(value, bool):

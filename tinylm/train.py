@@ -239,7 +239,12 @@ class Trainer:
         self.device = torch.device(self.arithmetic["device"])
         self.data = TextDataset.from_tokens(train_tokens, config.seq_len, config.stride)
         self.windows = self.data.subset(config.unique_tokens)
-        TextDataset.from_tokens(val_tokens, config.seq_len)  # long enough, or an error before any work
+        try:
+            TextDataset.from_tokens(val_tokens, config.seq_len)  # long enough, or an error before any work
+        except TextError as error:
+            raise TextError(
+                f"In the validation part: {error.rule[0].lower()}{error.rule[1:]}", error.got, error.fix
+            ) from None
         self.val_tokens, self.token_bytes = val_tokens, token_bytes
         _check_vocabulary(model_config.vocab_size, token_bytes, train=train_tokens, validation=val_tokens)
         self.progress, self.on_eval = progress, on_eval

@@ -40,7 +40,7 @@ LADDER = (
 class Recipe:
     """Everything about a run that a study holds still, or derives from its size and length by a rule.
 
-    batch_tokens_base: tokens a step at 300,000 tokens of training; grows with the square root of the tokens, in power-of-two
+    batch_tokens_base: tokens a step at 300,000 tokens of training; grows with the square root of the tokens, in whole
     windows. warmup_share: the most of a run that warmup may take; below that it lasts as many tokens as the model has
     parameters. lr_base: first guess of the best learning rate at 40,000 parameters; falls as parameters^-lr_exponent. group:
     query heads that share one key-value head; 1 is multi-head attention. rope_theta: small, since windows are short.
@@ -48,7 +48,7 @@ class Recipe:
 
     seq_len: int = 128
     init: str = "scaled"
-    batch_tokens_base: float = 512.0
+    batch_tokens_base: float = 320.0
     warmup_share: float = 0.1
     lr_base: float = 0.012
     lr_exponent: float = 0.6
@@ -75,9 +75,9 @@ class Recipe:
         )
 
     def batch_size(self, tokens: float) -> int:
-        """Windows a step for a run of so many tokens: the power of two nearest (in ratio) to the rule."""
-        windows = self.batch_tokens_base * (tokens / 3e5) ** 0.5 / self.seq_len
-        return 2 ** max(0, round(math.log2(windows)))
+        """Windows a step for a run of so many tokens, by the rule, to the nearest whole window: steps of a factor of two would
+        put jumps into the loss."""
+        return max(1, round(self.batch_tokens_base * (tokens / 3e5) ** 0.5 / self.seq_len))
 
     def learning_rate(self, params: float) -> float:
         """A first guess at the best learning rate; brackets start here and move."""

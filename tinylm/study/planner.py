@@ -139,6 +139,7 @@ def plan(
     speed: Callable[[pd.Series], float] | None = None,
     tokens_available: float | None = None,
     seed_sd: float = 0.0,
+    frontier: Fit | None = None,
 ) -> Plan:
     """The shape of the ladder, and its tokens, with the lowest expected loss for a budget.
 
@@ -146,7 +147,8 @@ def plan(
     ladder: one row a shape, with hidden_size, num_layers, params_total and flops_per_token (the params are those that
     the surface was fitted on). batch_rule: tokens of training -> windows a step. tokens_available: distinct training
     tokens of the text; the surface knows only fresh text, so a plan beyond it says how many epochs it is and that the
-    loss is a lower bound. seed_sd: spread between seeds in nats. Raises LabError for a budget below one step.
+    loss is a lower bound. seed_sd: spread between seeds in nats. frontier: a second reading of the expected loss (see
+    ``expected_loss``). Raises LabError for a budget below one step.
     """
     if (budget_flops is None) == (budget_seconds is None):
         raise LabError("A plan has one budget", f"budget_flops={budget_flops}, budget_seconds={budget_seconds}")
@@ -176,8 +178,8 @@ def plan(
             "raise the budget",
         )
     tokens = steps * batch_size * seq_len
-    expected = surface_fit.predict(row["params_total"], tokens, seed_sd=seed_sd).iloc[0]
     flops = float(tokens * row["flops_per_token"])
+    expected = expected_loss(surface_fit, frontier, row["params_total"], tokens, flops, seed_sd)
     smaller, larger = (_price(surface_fit, options, best, factor) for factor in (0.5, 2.0))
     epochs = None if tokens_available is None else tokens / tokens_available
     reach = flops / largest_flops_fitted
@@ -219,6 +221,25 @@ def plan(
         shape=ladder.sort_values("params_total").iloc[[best]].to_dict("records")[0],
         options=options,
     )
+
+
+def expected_loss(
+    surface: Fit, frontier: Fit | None, params: float, tokens: float, flops: float, seed_sd: float
+) -> dict[str, float]:
+    """Expected loss of one run at the best size for its compute, with a 95 % interval: ``loss``, ``low``, ``high``.
+
+    Over a small range of compute the data cannot tell a law with a floor (the surface) from one without (``frontier``,
+    L(C) = A C^-alpha through the isoFLOP minima), and beyond that range the two part. So where both are given the loss is
+    their mean, and the interval spans both of theirs.
+    """
+    readings = [surface.predict(params, tokens, seed_sd=seed_sd).iloc[0]]
+    if frontier is not None:
+        readings.append(frontier.predict(flops, seed_sd=seed_sd).iloc[0])
+    return {
+        "loss": float(np.mean([reading["loss"] for reading in readings])),
+        "low": float(min(reading["low"] for reading in readings)),
+        "high": float(max(reading["high"] for reading in readings)),
+    }
 
 
 def _price(fit: Fit, options: pd.DataFrame, best: int, factor: float) -> float:

@@ -439,7 +439,7 @@ class ComputeStudy(Study):
         ]  # none beyond the families
         last = min(LADDER.index(own.shape) + 2, len(shapes) - 1)
         points = [Point(shape, own.tokens, "sizes") for shape in shapes[max(0, last - 4) : last + 1]]
-        points += [Point(own.shape, own.tokens * 2.0**power, "amounts") for power in (-3, -2, -1, 0, 1)]
+        points += [Point(own.shape, own.tokens * 2.0**power, "amounts") for power in (-1, -0.5, 0, 0.5, 1)]
         runs = [run for point in points for run in self.runs_at(point, [self.rule_rate(point.shape, point.tokens)])]
         self.sections = self.train(runs)
 
@@ -516,7 +516,8 @@ class ComputeStudy(Study):
         return planner.plan(
             self.surface, self.lr_rule, rung_sizes(self.recipe, self.settings.vocab_size),
             batch_rule=self.recipe.batch_size, seq_len=self.recipe.seq_len, seed_sd=self.seed_sd,
-            largest_flops_fitted=self.largest, tokens_available=self.corpus["tokens"]["train"], **budget,
+            largest_flops_fitted=self.largest, tokens_available=self.corpus["tokens"]["train"],
+            frontier=self.iso_laws.get("L_min"), **budget,
         )  # fmt: skip
 
     def machine_speed(self) -> planner.Speed:
@@ -551,7 +552,9 @@ class ComputeStudy(Study):
         ]
         self.report.section("What to train next")
         self.report.text(
-            f"Planned from the surface and from this machine's speed, measured when it was idle ({speed.threads} threads). "
+            "The size and the tokens come from the surface, the expected loss from two readings of the same runs, the surface with "
+            "its floor and the line L(C) without one, whose intervals it spans: over so small a range of compute nobody can tell "
+            f"the two apart. The speed is this machine's, measured when it was idle ({speed.threads} threads). "
             f"`reach` is the plan's compute over that of the largest run fitted; over {planner.FAR:.0f} it is marked as far beyond "
             "the evidence, and its interval knows nothing of what may change on the way."
         )
@@ -576,8 +579,10 @@ class ComputeStudy(Study):
             f"{first.loss:.3f} ({interval(first.low, first.high)}), with {first.reach:.0f} times the compute of the "
             "largest run fitted."
         )
+        frontier = self.iso_laws.get("L_min")
         law = {
             "surface": {**self.surface.to_dict(), "samples": self.surface.samples.to_dict("list")},
+            "frontier": frontier and {**frontier.to_dict(), "samples": frontier.samples.to_dict("list")},
             "lr_rule": dataclasses.asdict(self.lr_rule),
             "ladder": rung_sizes(self.recipe, self.settings.vocab_size).to_dict("records"),
             "seed_sd": self.seed_sd,

@@ -401,6 +401,7 @@ class Fit:
             "value": finite(self.value),
             "params": {name: finite(v) for name, v in self.params.items()},
             "intervals": {name: [finite(v) for v in pair] for name, pair in self.intervals.items()},
+            "widening": self.widening,
             "starts": self.starts,
             "starts_agreeing": self.starts_agreeing,
             "status": dict(self.status),
