@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -18,3 +19,9 @@ def own_home(tmp_path_factory):
         del os.environ["TINYLM_HOME"]
     else:
         os.environ["TINYLM_HOME"] = before
+
+
+@pytest.fixture(autouse=True)
+def usual_interrupt():
+    """Ctrl-C means what it usually does, whatever a notebook that ran inside an earlier test left of it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -42,6 +42,7 @@ from tinylm.tokenizer import (
     scan,
     unreadable,
 )
+from tinylm.words import in_kernel
 
 ENDINGS = (".txt", ".md", ".jsonl")  # read in a folder, and each of them with .gz behind it
 SPLITS = ("train", "val", "test")
@@ -462,8 +463,7 @@ def fetch(name: str) -> Text:
 
 
 def _say(message: str) -> None:
-    # A notebook shows what goes to stderr as if it were trouble.
-    print(message, file=sys.stdout if "ipykernel" in sys.modules else sys.stderr, flush=True)
+    print(message, file=sys.stdout if in_kernel() else sys.stderr, flush=True)
 
 
 def _wheel(name: str, named: Named) -> bytes:

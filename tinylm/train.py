@@ -32,6 +32,7 @@ from tinylm.config import ModelConfig, TrainConfig
 from tinylm.errors import ConfigError, LabError, TextError
 from tinylm.files import sha256_bytes
 from tinylm.model import TinyLM
+from tinylm.words import in_kernel
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
 
@@ -630,7 +631,7 @@ class progress_bar:
             return
         left = (now - self._began) / max(1, done - self._initial) * (self.total - done)
         words = [f"{self.label} {done}/{self.total} {self.unit}s".strip(), note(), f"{_clock(left)} left"]
-        out = sys.stdout if "ipykernel" in sys.modules else sys.stderr  # a notebook shows stderr as if it were trouble
+        out = sys.stdout if in_kernel() else sys.stderr
         print(", ".join(word for word in words if word), file=out, flush=True)
 
 
@@ -641,6 +642,6 @@ def _clock(seconds: float) -> str:
 
 def _has_screen() -> bool:
     """Whether someone watches: a terminal, or a kernel that a notebook's front end started (papermill has none)."""
-    if "ipykernel" in sys.modules:
+    if in_kernel():
         return any(name in os.environ for name in ("JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG"))
     return sys.stderr.isatty()

@@ -1,6 +1,14 @@
-"""Numbers in words, the same everywhere a person reads them."""
+"""Numbers in words, the same everywhere a person reads them, and where that person reads."""
 
 from __future__ import annotations
+
+import sys
+
+
+def in_kernel() -> bool:
+    """Whether this process is a notebook's kernel. A notebook shows what goes to stderr as if it were trouble."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
 
 def quantity(value: float) -> str:

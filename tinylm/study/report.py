@@ -118,4 +118,6 @@ def _cell(value: object, spec: str) -> str:
 
 def interval(low: float, high: float, spec: str = ".3f") -> str:
     """A 95 % interval in words: "1.234 to 1.345"."""
+    if low != low or high != high:
+        return "interval not known"
     return f"{format(low, spec)} to {format(high, spec)}"
