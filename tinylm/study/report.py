@@ -32,7 +32,7 @@ HEADINGS = {
     "low": "from",
     "high": "to",
     "batch_size": "windows a step",
-    "reach": "times the largest budget fitted",
+    "reach": "reach (times the largest run fitted)",
     "half_size_costs": "half the size costs",
     "double_size_costs": "twice the size costs",
     "seed_sd": "sd of seeds",
