@@ -5,16 +5,19 @@ TEXT ?=
 PRESET ?=
 MINUTES ?=
 SEED ?=
+ONLY ?=
+FORCE ?=
 
 PY = $(VENV)/bin/python
 NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
-export TEXT PRESET MINUTES SEED
+export TEXT PRESET MINUTES SEED ONLY
 
-.PHONY: help study lab test test-slow check format environment test-environment clean
+.PHONY: help study lab bench test test-slow check format environment test-environment clean
 
 help:
 	@echo 'make study      measure the scaling law of a text: TEXT=path or name, PRESET=smoke|quick|full, MINUTES=, SEED='
 	@echo 'make lab        open the labs in JupyterLab, on this machine only'
+	@echo 'make bench      measure speed on this idle machine: ONLY=training,sweep PRESET=smoke|full FORCE=1'
 	@echo 'make test       the quick tests (make test-slow: the others)'
 	@echo 'make check      format and lint (make format: mend both)'
 	@echo 'make clean      remove what tools leave behind; results and the environment stay'
@@ -27,6 +30,9 @@ study: environment
 
 lab: environment
 	JUPYTER_PREFER_ENV_PATH=1 $(PY) -m jupyterlab --ip=127.0.0.1 --notebook-dir=labs
+
+bench: test-environment
+	$(PY) -m tinylm bench $(if $(ONLY),--only "$$ONLY") $(if $(PRESET),--preset "$$PRESET") $(if $(FORCE),--force)
 
 test: test-environment
 	$(PY) -m pytest -m "not slow"

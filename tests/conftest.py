@@ -22,6 +22,14 @@ def own_home(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
+def unmeasured(monkeypatch):
+    """What is left open is resolved to the plain path, on every machine alike; tests of the fast one ask for it."""
+    from tinylm import backend
+
+    monkeypatch.setattr(backend, "findings", lambda: dict(backend.PLAIN))
+
+
+@pytest.fixture(autouse=True)
 def usual_interrupt():
     """Ctrl-C means what it usually does, whatever a notebook that ran inside an earlier test left of it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -48,7 +48,7 @@ def test_help_is_quick_and_imports_no_torch():
 
 
 def test_help_names_every_command_and_choice():
-    assert set(main.commands) == {"fetch", "train", "generate", "fit", "plan", "study"}
+    assert set(main.commands) == {"fetch", "train", "generate", "fit", "plan", "study", "bench"}
     listed = call("--help").output
     for name in main.commands:
         assert re.search(rf"^  {name} +\S", listed, re.MULTILINE)
@@ -236,7 +236,8 @@ def test_fit_names_bad_rows_by_line(table, bad):
 
 @pytest.fixture
 def studied(tmp_path) -> Path:
-    """The results folder of a study that found a known law, on a machine of 1e11 FLOP/s."""
+    """The results folder of a study that found a known law, on this machine, at 1e11 FLOP/s."""
+    from tinylm import backend
     from tinylm.study.design import Recipe, rung_sizes
     from tinylm.study.scaling import LearningRateRule
 
@@ -260,7 +261,8 @@ def studied(tmp_path) -> Path:
     }
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables" / "law.json").write_text(json.dumps(content), encoding="utf-8")
-    speed = {"params": [1e4, 1e6], "flops_per_second": [1e11, 1e11], "threads": 2}
+    speed = {"params": [1e4, 1e6], "flops_per_second": [1e11, 1e11], "threads": os.cpu_count()}
+    speed["machine"] = backend.machine()["cpu"]
     (tmp_path / "speed.json").write_text(json.dumps(speed), encoding="utf-8")
     return tmp_path
 
@@ -279,10 +281,41 @@ def test_plan_is_the_best_of_the_ladder(studied):
     assert found["low"] < found["loss"] < found["high"]
     assert found["learning_rate"] == pytest.approx(0.01 * (best.params_total / 4e4) ** -0.3)
     assert found["reach"] == pytest.approx(10, rel=0.01)
-    timed = json.loads(call("plan", "--results-dir", studied, "--minutes", 4e12 / 1e11 / 60, "--json").stdout)
-    assert timed.pop("seconds") == pytest.approx(40, rel=0.01) and found.pop("seconds") is None
-    assert timed.pop("warnings") == found.pop("warnings") == []
-    assert timed == pytest.approx(found, rel=1e-9)
+    assert found["smaller_costs"] > 0 and found["larger_compute"] > 1 and found["warnings"] == []
+    # The same run, asked for by the time that it and its evaluations take.
+    worth = found["tokens"] + (20 * 16384 + 65536) / 3
+    seconds = worth * best.flops_per_token / 1e11
+    timed = json.loads(call("plan", "--results-dir", studied, "--minutes", seconds / 60, "--json").stdout)
+    assert timed["seconds"] == pytest.approx(seconds, rel=0.01) and found["seconds"] is None
+    same = ("hidden_size", "num_layers", "tokens", "batch_size", "learning_rate", "loss", "low", "high")
+    assert {name: timed[name] for name in same} == pytest.approx({name: found[name] for name in same}, rel=1e-9)
+
+
+def test_plan_spends_tokens_at_the_size_they_suit_and_reads_a_text_again(studied):
+    found = json.loads(call("plan", "--results-dir", studied, "--tokens", "3e6", "--json").stdout)
+    assert found["tokens"] == pytest.approx(3e6, rel=0.02) and found["epochs"] == pytest.approx(3e-3, rel=0.02)
+    longer = call("plan", "--results-dir", studied, "--tokens", "3e9")
+    assert longer.exit_code == 0 and "epochs that still pay" in longer.stdout
+    assert "3.0 epochs" in longer.stderr and "Muennighoff" in longer.stderr and "assumption" in longer.stderr
+
+
+def test_plan_measures_a_machine_that_the_study_did_not_know(studied, monkeypatch):
+    from tinylm.study import planner
+
+    def measured(self, recipe, seconds, threads):
+        assert seconds == [60.0] and threads == os.cpu_count()
+        return planner.Speed((1e5,), (5e10,), threads, "here")
+
+    monkeypatch.setattr(planner.Evidence, "speed_for", measured)
+    slower = json.loads((studied / "speed.json").read_text()) | {"machine": "another processor"}
+    for known in (slower, None):
+        (studied / "speed.json").unlink()
+        if known:
+            (studied / "speed.json").write_text(json.dumps(known), encoding="utf-8")
+        done = call("plan", "--results-dir", studied, "--minutes", "1", "--json")
+        assert done.exit_code == 0 and "measuring this machine's speed" in done.stderr
+        assert json.loads(done.stdout)["flops"] == pytest.approx(60 * 5e10, rel=0.1)
+        (studied / "speed.json").touch()
 
 
 def test_plan_marks_what_lies_far_beyond_the_evidence(studied):
@@ -293,9 +326,9 @@ def test_plan_marks_what_lies_far_beyond_the_evidence(studied):
 
 
 def test_plan_says_what_it_needs(studied):
-    for words in ((), ("--minutes", "1", "--flops", "1e12")):
+    for words in ((), ("--minutes", "1", "--flops", "1e12"), ("--flops", "1e12", "--tokens", "1e6")):
         done = call("plan", "--results-dir", studied, *words)
-        assert done.exit_code == 2 and "--minutes or --flops" in done.stderr
+        assert done.exit_code == 2 and "--minutes or --flops or --tokens" in done.stderr
     absent = call("plan", "--results-dir", studied / "nowhere", "--flops", "1e12")
     assert absent.exit_code == 2 and "law.json" in absent.stderr and "tinylm study" in absent.stderr
     path = studied / "tables" / "law.json"

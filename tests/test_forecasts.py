@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -166,3 +167,91 @@ def test_the_interval_holds_the_fits_and_the_seeds_uncertainty():
     half = [(p["high"] - p["low"]) / 2 for p in (alone, both)]
     assert half[0] == pytest.approx(1.96 * 0.01 * alone["loss"], rel=0.05)
     assert half[1] == pytest.approx(np.hypot(half[0], 1.96 * 0.03), rel=0.03)
+
+
+# --------------------------------------------------------------------------------------------------------- calibration
+
+
+def many(folder, standardised: list[float], sd: float = 0.02) -> None:
+    """Sealed forecasts of 3 nats with a symmetric interval, scored at so many standard deviations off."""
+    for number, off in enumerate(standardised):
+        half = 1.959963984540054 * sd
+        target = {**TARGET, "run_id": f"run{number}"}
+        path = sealed(folder, target=target, prediction={"loss": 3.0, "low": 3.0 - half, "high": 3.0 + half})
+        forecasts.score(folder, path, observed(3.0 + off * sd, run_id=f"run{number}"))
+
+
+def test_a_run_that_diverged_is_a_missed_forecast(tmp_path):
+    path = sealed(tmp_path)
+    with pytest.raises(LabError, match="without loss"):
+        forecasts.score(tmp_path, path, observed(None, status="failed"))
+    result = forecasts.score(tmp_path, path, observed(None, status="diverged"))
+    assert result["inside"] is False and result["observed"] is None
+    assert forecasts.score(tmp_path, path, observed(None, status="diverged")) == result
+    row = forecasts.load(tmp_path).iloc[0]
+    assert row["scored"] and np.isnan(row["observed"]) and not row["inside"]
+    told = forecasts.calibration(tmp_path)
+    assert (told.scored, told.inside) == (1, 0) and np.isnan(told.rms) and "its run diverged" in told.sentence()
+
+
+def test_standardised_errors_count_each_side_of_the_interval_for_itself(tmp_path):
+    """Inside is the same as within 1.96, also where the interval is lopsided."""
+    for number, loss in enumerate((2.87, 2.861, 2.859, 2.94, 2.949, 2.951, 2.9)):
+        path = sealed(tmp_path, target={**TARGET, "run_id": f"run{number}"})
+        forecasts.score(tmp_path, path, observed(loss, run_id=f"run{number}"))
+    table = forecasts.calibration(tmp_path).table.set_index("observed")
+    assert table["standardised"][2.949] == pytest.approx(1.96 * 0.049 / 0.05, rel=1e-3)
+    assert table["standardised"][2.861] == pytest.approx(-1.96 * 0.039 / 0.04, rel=1e-3)
+    assert table["standardised"][2.9] == 0
+    assert ((table["standardised"].abs() <= 1.96) == table["inside"].astype(bool)).all()
+
+
+def test_what_waits_is_counted_and_not_judged(tmp_path):
+    assert forecasts.calibration(tmp_path).verdict == "nothing scored"
+    many(tmp_path, [0.3])
+    sealed(tmp_path, 2.5)
+    found = forecasts.calibration(forecasts.load(tmp_path))
+    assert (found.sealed, found.scored, found.inside) == (2, 1, 1)
+    assert "1 run is still to come" in found.sentence() and "1 of 1 came out inside" in found.sentence()
+
+
+@pytest.mark.parametrize(
+    ("standardised", "verdict"),
+    [
+        ([-1.2, 0.4, 1.9, -0.6, 0.1, 0.9, -1.7, 1.1], "no fault seen"),
+        ([-2.5, 3.1, 0.4], "too narrow"),
+        ([1.4, 1.7, 1.1, 1.5], "leaning"),
+        ([0.05, -0.1, 0.02, -0.04, 0.07], "too wide"),
+    ],
+)
+def test_the_verdict_on_the_intervals(tmp_path, standardised, verdict):
+    many(tmp_path, standardised)
+    found = forecasts.calibration(tmp_path)
+    assert found.verdict == verdict
+    assert found.inside == sum(abs(z) < 1.96 for z in standardised)
+    assert found.mean == pytest.approx(np.mean(standardised)) and found.rms == pytest.approx(
+        np.sqrt(np.mean(np.square(standardised)))
+    )
+    low, high = found.share
+    assert low < found.inside / found.scored <= high
+    for name in found.table["name"][~found.table["inside"].astype(bool)]:
+        assert name in found.sentence()
+
+
+def test_honest_intervals_are_seldom_called_faulty():
+    """Of forecasts whose errors are truly standard normal, the verdict finds fault with about three in twenty at most:
+    three questions at 5 % each."""
+    rng = np.random.default_rng(0)
+    faults = 0
+    for _ in range(400):
+        z = rng.standard_normal(12)
+        table = pd.DataFrame({"loss": 3.0, "low": 3 - 1.96, "high": 3 + 1.96, "error": z, "inside": abs(z) < 1.96})
+        faults += forecasts.calibration(table.assign(scored=True, name="x")).verdict != "no fault seen"
+    assert 0.02 < faults / 400 < 0.15
+
+
+def test_the_forecasts_of_this_repository_can_be_judged():
+    folder = Path(__file__).parents[1] / "results" / "forecasts"
+    found = forecasts.calibration(folder)
+    assert found.sealed == len(list(folder.glob("*.json"))) - len(list(folder.glob("*.score.json"))) >= 2
+    assert "quickstart-4178d637dd64f69f (-2.74 %)" in found.sentence()  # the first one, which missed, is still there

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -10,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tinylm.config import POSITIONS, GenerateConfig, ModelConfig
+from tinylm.config import MLPS, NORM_POSITIONS, NORMS, POSITIONS, GenerateConfig, ModelConfig
 from tinylm.errors import LabError
-from tinylm.generate import STAGES, filter_logits, generate, next_token_logits, stream
+from tinylm.generate import STAGES, Decoding, filter_logits, generate, next_token_logits, stream
 from tinylm.model import TinyLM
 from tinylm.tokenizer import Tokenizer
 
@@ -89,8 +91,12 @@ def test_the_cache_changes_nothing_inside_and_past_the_window(position, kv_heads
 
 
 @pytest.mark.parametrize("position", POSITIONS)
-def test_a_row_in_a_batch_gives_what_it_gives_alone(position):
-    model, prompts = model_of(position), ["to be", "or", "", "a prompt longer than the window", "not to be, th"]
+@pytest.mark.parametrize("kv_heads", [4, 1])
+def test_a_row_in_a_batch_gives_what_it_gives_alone(position, kv_heads):
+    model, prompts = (
+        model_of(position, kv_heads),
+        ["to be", "or", "", "a prompt longer than the window", "not to be, th"],
+    )
     config = PLAIN.replace(repetition_penalty=1.3, top_k=40)
     batch = generate(model, Bytes(), prompts, config)
     for row, prompt in enumerate(prompts):
@@ -226,22 +232,21 @@ def test_filters_that_keep_everything_change_nothing(change):
     )
 
 
-class Script(torch.nn.Module):
-    """A model that says the bytes of a script, one after the other, whatever it is told."""
-
-    def __init__(self, script):
-        super().__init__()
-        self.config = ModelConfig(vocab_size=256, max_seq_len=4).resolve()
-        self.embedding = torch.nn.Embedding(1, 1)  # where the sampler looks for device and dtype
-        self.script = iter(script)
-
-    def forward(self, token_ids, cache):
-        return torch.full((1, 1, 256), -1e9).index_fill(-1, torch.tensor([next(self.script)]), 0.0)
+@torch.no_grad()
+def scripted(script):
+    """A model that says the bytes of a script, one after the other, whatever it is told: each position has a channel of
+    its own, which leads to the byte that comes next."""
+    model = model_of("learned", max_seq_len=16, hidden_size=16, num_layers=1, tie_embeddings=False)
+    for name, parameter in model.named_parameters():
+        parameter.fill_(float("norm" in name))
+    model.position.weight.copy_(torch.eye(16))
+    model.head.weight[script, torch.arange(len(script))] = 100.0
+    return model
 
 
 def told(script, **options):
     config = GenerateConfig(temperature=1.0, max_new_tokens=len(script))
-    return [part.text for part in stream(Script(script), Bytes(), "", config, **options)]
+    return [part.text for part in stream(scripted(list(script)), Bytes(), "", config, **options)]
 
 
 def test_characters_of_several_bytes_are_streamed_whole():
@@ -319,14 +324,87 @@ def test_sampling_leaves_the_model_and_the_caller_as_they_were():
 
 
 @pytest.mark.parametrize("position", POSITIONS)
-def test_work_for_a_token_does_not_grow_with_the_text(position, monkeypatch):
-    """Past the prompt each forward pass gets one token a row; only a full window of tied positions is read anew."""
+def test_the_model_reads_a_prompt_once_and_a_full_window_of_tied_positions_anew(position, monkeypatch):
     model, sizes = model_of(position), []
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda ids, cache: (sizes.append(ids.shape[1]), forward(ids, cache))[1])
     generate(model, Bytes(), "to b", PLAIN)
-    assert sizes[0] == 4
-    assert [size for size in sizes[1:] if size != 1] == ([] if position in ("rope", "none") else [WINDOW // 2] * 4)
+    assert sizes == ([4] if position in ("rope", "none") else [4] + [WINDOW // 2] * 4)
+
+
+class Work(TorchDispatchMode):
+    """Counts the operations and the numbers that they write, views aside."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = self.numbers = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        result = operation(*arguments, **(options or {}))
+        self.operations += 1
+        if isinstance(result, torch.Tensor) and not operation.is_view:
+            self.numbers += result.numel()
+        return result
+
+
+@pytest.mark.parametrize("position", ["rope", "none"])
+def test_work_for_a_token_grows_by_its_attention_alone(position):
+    model, work = model_of(position, max_seq_len=64), []
+    text = stream(model, Bytes(), "to", PLAIN.replace(max_new_tokens=200))
+    next(text)
+    next(text)  # builds what all further tokens use
+    while len(work) < 190:
+        with Work() as counted:
+            next(text)
+        work.append((counted.operations, counted.numbers))
+    growing, full = work[:61], work[61:]  # the window is full with the token of work[60]
+    assert len({operations for operations, _ in growing}) == 1
+    scores_and_weights = 2 * model.config.num_layers * model.config.num_heads
+    assert {later[1] - before[1] for before, later in itertools.pairwise(growing)} == {scores_and_weights}
+    # From there on nothing grows; a table of positions is made anew, once for a window of tokens.
+    assert 0 < sum(step != work[60] for step in full) <= 2
+
+
+SWITCHES = [
+    {"norm": norm, "norm_position": norm_position, "mlp": mlp, "tie_embeddings": tie}
+    for (norm, norm_position, mlp), tie in zip(
+        itertools.product(NORMS, NORM_POSITIONS, MLPS), itertools.cycle([True, False]), strict=False
+    )
+]
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=lambda switches: "-".join(map(str, switches.values())))
+@pytest.mark.parametrize("position,kv_heads", list(zip(POSITIONS, (2, 1, 4, 2), strict=True)))
+def test_cached_logits_are_the_models_own_for_every_switch(switches, position, kv_heads):
+    model = model_of(position, kv_heads, attention_scale=0.5, **switches)
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms away from one and zero, so that they are tested too
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        ids = torch.randint(256, (2, WINDOW), generator=torch.Generator().manual_seed(2))
+        expected = model(ids)
+        decoding = Decoding(model, [ids[0, :5].tolist(), ids[1, :3].tolist()])  # the second starts two tokens behind
+        for t in range(WINDOW - 5):
+            expected_now = torch.stack([expected[0, 4 + t], expected[1, 2 + t]])
+            torch.testing.assert_close(decoding.logits, expected_now, atol=1e-5, rtol=1e-5)
+            with torch.inference_mode():
+                decoding.advance(torch.stack([ids[0, 5 + t], ids[1, 3 + t]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_weights_of_another_type_are_sampled_in_fp32(dtype):
+    model = model_of().to(dtype)
+    out = generate(model, Bytes(), ["to be", "or"], PLAIN)
+    assert model.embedding.weight.dtype == dtype
+    model.float()
+    assert [row.token_ids for row in out] == [row.token_ids for row in generate(model, Bytes(), ["to be", "or"], PLAIN)]
+
+
+def test_weights_are_read_anew_for_every_text():
+    model, other = model_of(), model_of(seed=1)
+    generate(model, Bytes(), "to be", GREEDY)
+    model.load_state_dict(other.state_dict())
+    assert generate(model, Bytes(), "to be", GREEDY).token_ids == generate(other, Bytes(), "to be", GREEDY).token_ids
 
 
 def test_no_prompts_no_texts():

@@ -13,8 +13,19 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tinylm.study import plots
-from tinylm.study.scaling import Fit, evaluate_law, fit_growth, fit_power, fit_surface, isoflop_laws
+from tinylm.errors import LabError
+from tinylm.study import forecasts, plots
+from tinylm.study.design import Recipe, rung_sizes
+from tinylm.study.planner import Evidence, RepeatedText
+from tinylm.study.scaling import (
+    Fit,
+    evaluate_law,
+    fit_growth,
+    fit_power,
+    fit_surface,
+    isoflop_laws,
+    learning_rate_rule,
+)
 
 LAW = {"E": 1.6, "A": 30.0, "B": 120.0, "alpha": 0.35, "beta": 0.37}
 
@@ -48,29 +59,19 @@ def law():
 @pytest.fixture(scope="module")
 def sealed() -> pd.DataFrame:
     common = {"study": "quickstart", "params_total": 1.2e5, "tokens": 3e6}
-    return pd.DataFrame(
-        [
-            {
-                "loss": 2.9,
-                "low": 2.86,
-                "high": 2.95,
-                "scored": True,
-                "observed": 2.91,
-                "inside": True,
-                "error_percent": 0.3,
-            },
-            {
-                "loss": 2.5,
-                "low": 2.44,
-                "high": 2.55,
-                "scored": True,
-                "observed": 2.6,
-                "inside": False,
-                "error_percent": 4.0,
-            },
-            {"loss": 2.3, "low": 2.2, "high": 2.4, "scored": False},
-        ]
-    ).assign(**common)
+    frame = pd.DataFrame(
+        {
+            "loss": [2.9, 2.5, 2.3, 2.7],
+            "low": [2.86, 2.44, 2.2, 2.6],
+            "high": [2.95, 2.55, 2.4, 2.8],
+            "scored": [True, True, False, True],
+            "observed": [2.91, 2.6, np.nan, np.nan],
+            "inside": [True, False, np.nan, False],  # the last one's run diverged
+        }
+    )
+    frame["error"] = frame["observed"] - frame["loss"]
+    frame["error_percent"] = 100 * frame["error"] / frame["loss"]
+    return frame.assign(**common)
 
 
 def history() -> pd.DataFrame:
@@ -83,6 +84,34 @@ def history() -> pd.DataFrame:
     )
 
 
+def profile() -> pd.DataFrame:
+    """A closed profile, one open above, and a flat one on a log axis; the limit is 2."""
+    x = np.linspace(-1, 1, 41)
+    curves = {
+        "alpha": (0.35 + 0.1 * x, 8 * x**2),
+        "E": (1.6 + x, np.where(x < 0, 5 * x**2, 0.3 * x)),
+        "A": (30 * 9**x, 0.1 * x**2),
+    }
+    return pd.concat(pd.DataFrame({"parameter": k, "value": v, "delta": d}) for k, (v, d) in curves.items())
+
+
+def left_out() -> pd.DataFrame:
+    return pd.DataFrame({"left_out": ["9.7k", "9.7k", "the largest budget"], "error_percent": [-0.4, 0.1, 1.2]})
+
+
+def repeated(fit: Fit) -> pd.DataFrame:
+    """Runs of one size over two amounts of text, up to 16 epochs, exactly as the law has them."""
+    rows = [(unique, epochs) for unique in (5e4, 5e5) for epochs in (1, 4, 16)]
+    frame = pd.DataFrame(rows, columns=["unique_tokens", "epochs"]).assign(params_total=3e4)
+    return frame.assign(
+        val_loss=[float(RepeatedText(fit, unique).loss(3e4, unique * epochs)) for unique, epochs in rows]
+    )
+
+
+def law_of_repeated(fit: Fit):
+    return lambda params, tokens, unique: RepeatedText(fit, float(unique[0])).loss(params, tokens)
+
+
 def limited() -> pd.DataFrame:
     x = np.repeat(np.geomspace(5e4, 1.5e6, 5), 2)
     return pd.DataFrame({"unique_tokens": x, "val_loss": 9 * x**-0.09 + [0, 0.1] * 5, "train_loss": 8.5 * x**-0.09})
@@ -91,6 +120,8 @@ def limited() -> pd.DataFrame:
 @pytest.fixture(scope="module")
 def drawings(frame, iso, law, sealed) -> dict:
     surface = fit_surface(iso.sizes.params_total, iso.sizes.tokens_seen, iso.sizes.val_loss, bootstrap=30)
+    ladder = rung_sizes(Recipe(), 512)
+    known = Evidence(surface, learning_rate_rule(frame), ladder, 0.01, 4e11, tokens_available=2e6)
     noise = pd.DataFrame({"val_loss": [3.46, 3.47, 3.48, 3.465], "budget": [1, 1, 2, 2]})
     return {
         "isoflop": lambda ax: plots.isoflop(frame, iso.minima, ax=ax),
@@ -100,9 +131,18 @@ def drawings(frame, iso, law, sealed) -> dict:
         "law": lambda ax: plots.law(law, ax=ax, x=plots.TOKENS, label="L(D)"),
         "surface": lambda ax: plots.surface(surface, iso.sizes, ax=ax, planned=(2e5, 5e6)),
         "surface_alone": lambda ax: plots.surface(surface, ax=ax),
+        "surface_plan": lambda ax: plots.surface(surface, ax=ax, planned=known.plan(Recipe(), flops=4e12)),
         "learning_rates": lambda ax: plots.learning_rates(frame, ax),
         "residuals": lambda ax: plots.residuals(surface, ax),
+        "residuals_seeds": lambda ax: plots.residuals(surface, ax, seed_sd=0.01),
+        "clouds": lambda ax: plots.clouds(surface, ax),
+        "clouds_law": lambda ax: plots.clouds(law, ax, pairs=[("A", "alpha"), ("E", "alpha")]),
+        "profiles": lambda ax: plots.profiles(profile(), ax, threshold=2.0),
+        "profiles_bare": lambda ax: plots.profiles(profile(), ax),
+        "leave_out": lambda ax: plots.leave_out(left_out(), ax=ax),
+        "repetition": lambda ax: plots.repetition(repeated(surface), law_of_repeated(surface), ax=ax),
         "forecast": lambda ax: plots.forecast(sealed, ax=ax),
+        "calibration": lambda ax: plots.calibration(forecasts.calibration(sealed.assign(name="x")).table, ax),
         "seeds": lambda ax: plots.seeds(noise, ax=ax),
         "seeds_by": lambda ax: plots.seeds(noise, ax=ax, by="budget"),
         "data_limited": lambda ax: plots.data_limited(limited(), ax=ax),
@@ -117,18 +157,15 @@ def data_points():
 
 
 NAMES = (
-    *(
-        "isoflop",
-        "frontier_size",
-        "frontier_tokens",
-        "frontier_loss",
-        "law",
-        "surface",
-        "surface_alone",
-        "learning_rates",
-    ),
-    *("residuals", "forecast", "seeds", "seeds_by", "data_limited", "data_limited_fit", "curves"),
+    *("isoflop", "frontier_size", "frontier_tokens", "frontier_loss", "law", "learning_rates"),
+    *("surface", "surface_alone", "surface_plan", "residuals", "residuals_seeds", "clouds", "clouds_law"),
+    *("profiles", "profiles_bare", "leave_out", "repetition", "forecast", "calibration", "seeds", "seeds_by"),
+    *("data_limited", "data_limited_fit", "curves"),
 )
+
+
+def test_every_drawing_is_looked_at(drawings):
+    assert set(NAMES) == set(drawings)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -221,14 +258,102 @@ def test_a_band_is_missing_where_there_was_no_bootstrap():
 
 def test_a_missed_forecast_looks_different(sealed):
     ax = plots.forecast(sealed)
-    assert points(ax, "o").tolist() == [[2.91, 0]] and points(ax, "X").tolist() == [[2.6, 1]]
-    assert [text.get_text() for text in ax.texts] == ["+0.30 %", "+4.00 %", "not yet scored"]
+    assert points(ax, "o").tolist() == [[2.91, 0]]
+    missed = points(ax, "X")
+    assert missed[np.isfinite(missed).all(axis=1)].tolist() == [[2.6, 1]]
+    words = [text.get_text() for text in ax.texts]
+    assert words == ["+0.34 %", "+4.00 %", "not yet scored", "its run diverged"]
+
+
+def test_calibration_shows_what_was_scored_against_its_own_interval(sealed):
+    left, right = plots.calibration(forecasts.calibration(sealed.assign(name="x")).table)
+    assert points(left, "o").tolist() == [[2.9, 2.91]] and points(left, "X").tolist() == [[2.5, 2.6]]
+    bars = [np.array(path.vertices)[:, 1].tolist() for path in left.collections[0].get_paths()]
+    assert bars == [[2.86, 2.95], [2.44, 2.55]]
+    np.testing.assert_allclose(points(right, "o"), [[1, 1.96 * 0.01 / 0.05]], rtol=1e-3)
+    missed = points(right, "X")
+    np.testing.assert_allclose(missed[0], [2, 1.96 * 0.1 / 0.05], rtol=1e-3)
+    assert missed[1, 0] == 3 and missed[1, 1] > 0.9 * right.get_ylim()[1]  # the run that diverged, at the rim
 
 
 def test_residuals_are_percent_of_the_prediction():
-    data = pd.DataFrame({"params": [1e4, 1e5], "tokens": [1e6, 1e7], "residual": np.log([1.02, 0.99])})
-    panels = plots.residuals(Fit("surface", LAW, data=data))
-    np.testing.assert_allclose(points(panels[1], "o"), [[1e6, 2.0], [1e7, -1.0]])
+    data = pd.DataFrame(
+        {"params": [1e4, 1e5, 1e5], "tokens": [1e6, 1e7, 3e7], "residual": np.log([1.02, 0.99, 1.03]), "observed": 3.0}
+    )
+    panels = plots.residuals(Fit("surface", LAW, data=data), seed_sd=0.03)
+    np.testing.assert_allclose(points(panels[1], "o"), [[1e6, 2.0], [1e7, -1.0], [3e7, 3.0]])
+    means = [line.get_ydata() for line in panels[0].lines if line.get_color() == plots.COLOURS[1]]
+    np.testing.assert_allclose(means, [[1.0, 1.0]])  # of the two runs of one size; single runs have none
+    band = panels[0].patches[0].get_extents().transformed(panels[0].transData.inverted())
+    assert (band.y0, band.y1) == pytest.approx((-1.96, 1.96))
+
+
+def test_a_cloud_holds_every_resample_and_the_estimate():
+    rng = np.random.default_rng(0)
+    samples = pd.DataFrame({name: value * np.exp(0.02 * rng.standard_normal(200)) for name, value in LAW.items()})
+    fit = Fit("surface", LAW, samples=samples, intervals={name: (0.9 * v, 1.1 * v) for name, v in LAW.items()})
+    panels = plots.clouds(fit)
+    assert [panel.get_xscale() for panel in panels] == ["linear"] * 3
+    np.testing.assert_allclose(points(panels[0], "o"), samples[["alpha", "beta"]])
+    np.testing.assert_allclose(points(panels[0], "*"), [[0.35, 0.37]])
+    assert plots.clouds(fit, pairs=[("A", "alpha")])[0].get_xscale() == "log"
+    ends = [line.get_data() for line in panels[0].lines if line.get_linewidth() == 4]
+    np.testing.assert_allclose(ends[0], [[0.9 * 0.35, 1.1 * 0.35], [0, 0]])
+    np.testing.assert_allclose(ends[1], [[0, 0], [0.9 * 0.37, 1.1 * 0.37]])
+    with pytest.raises(LabError, match="needs a bootstrap"):
+        plots.clouds(Fit("surface", LAW))
+
+
+def test_a_profile_is_drawn_in_units_of_its_limit_and_says_where_it_has_none():
+    panels = plots.profiles(profile(), threshold=2.0)
+    assert [panel.get_title() for panel in panels] == ["", "no upper limit", "no limit either way"]
+    x, y = panels[0].lines[1].get_data()
+    np.testing.assert_allclose(y, 4 * ((x - 0.35) / 0.1) ** 2, atol=1e-12)
+    np.testing.assert_allclose(points(panels[0], "*"), [[0.35, 0]], atol=1e-12)
+    assert panels[2].get_xscale() == "log"
+    objective = profile().rename(columns={"delta": "objective"}).assign(threshold=2.0)
+    objective["objective"] += 7.5
+    again = plots.profiles(objective)
+    np.testing.assert_allclose(again[0].lines[1].get_ydata(), y, atol=1e-12)
+
+
+def test_errors_of_what_was_left_out_are_signed_and_averaged():
+    ax = plots.leave_out(left_out())
+    assert points(ax, "o").tolist() == [[-0.4, 0], [0.1, 0], [1.2, 1]]
+    assert [text.get_text() for text in ax.texts] == ["\N{MINUS SIGN}0.15 %", "+1.20 %"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["9.7k", "the largest budget"]
+
+
+def test_the_surface_is_dashed_beyond_its_runs_and_shows_what_a_budget_buys(frame, iso):
+    fit = fit_surface(iso.sizes.params_total, iso.sizes.tokens_seen, iso.sizes.val_loss, bootstrap=0)
+    rule = learning_rate_rule(frame)
+    chosen = Evidence(fit, rule, rung_sizes(Recipe(), 512), 0.01, 4e11, 3e6).plan(Recipe(), flops=8e12)
+    ax = plots.surface(fit, planned=chosen)
+    np.testing.assert_allclose(points(ax, "*"), [[chosen.params, chosen.tokens]])
+    dotted = next(line for line in ax.lines if line.get_linestyle() == ":")
+    np.testing.assert_allclose(dotted.get_ydata(), 8e12 / chosen.options["flops_per_token"])
+    level = next(line for line in ax.lines if line.get_color() == plots.GREY)
+    assert level.get_ydata()[0] == pytest.approx(3e6) and "the text ends; repeated above" in [
+        text.get_text() for text in ax.texts
+    ]
+    labels = [
+        text
+        for text in ax.texts
+        if not text.get_text().startswith("the text") and np.isfinite(text.get_position()).all()
+    ]
+    assert len(labels) >= 5
+    for text in labels:  # each stands on its contour
+        loss = RepeatedText(fit, 3e6).loss(*text.get_position())
+        assert loss == pytest.approx(float(text.get_text()), abs=5e-3)
+
+
+def test_repetition_draws_one_line_an_amount_through_the_law():
+    fit = Fit("surface", LAW)
+    ax = plots.repetition(repeated(fit), law_of_repeated(fit))
+    np.testing.assert_allclose(points(ax, "o")[:, 0], [1, 4, 16])
+    curve = next(line for line in ax.lines if len(line.get_xdata()) > 10)
+    shown = np.interp(np.log([1, 4, 16]), np.log(curve.get_xdata()), curve.get_ydata())
+    np.testing.assert_allclose(shown, points(ax, "o")[:, 1], rtol=2e-3)
 
 
 def test_the_best_run_of_each_amount_of_data_is_shown():

@@ -30,13 +30,13 @@ FLOORS = (
     ("errors", "words"),
     ("files",),
     ("config",),
-    ("counts", "backend"),
-    ("normalization", "positional"),
+    ("counts", "layers"),
+    ("backend", "normalization", "positional"),
     ("attention", "mlp"),
     ("decoder",),
     ("model", "tokenizer", "verse"),
-    ("corpora", "checkpoint"),
-    ("train", "generate"),
+    ("stack", "corpora", "checkpoint", "decoding"),
+    ("train", "generate", "probe"),
     ("study",),
     ("widgets", "cli"),
     ("__main__",),
@@ -303,3 +303,67 @@ def test_continuous_integration_runs_everything():
     assert set(re.findall(r"^part ([\w-]+)$", text, re.MULTILINE)) == {"check", "test", "test-slow"} <= targets()
     if shutil.which("bash"):
         subprocess.run(["bash", "-n", str(path)], check=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- cold start
+
+SLOW_TO_LOAD = {"torch", "numpy", "pandas", "scipy", "matplotlib", "sentencepiece", "IPython", "papermill"}
+COMPILER = {"torch._dynamo", "torch._inductor", "sympy"}  # a second or more, for who compiles nothing
+
+
+def loaded_by(code: str, already: str = "") -> set[str]:
+    """The modules that some code loads in a fresh interpreter, beyond those that are loaded ``already``."""
+    tell = "import sys; before = set(sys.modules)"
+    end = "print('\\n', *sorted(set(sys.modules) - before))"
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join([already, tell, code, end])], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_the_package_itself_adds_nothing_to_torch():
+    assert loaded_by("import tinylm", already="import torch") == {"tinylm"}
+
+
+@pytest.mark.parametrize("module", ["tinylm", "tinylm.config", "tinylm.counts", "tinylm.cli", "tinylm.__main__"])
+def test_what_needs_no_torch_loads_none(module):
+    found = loaded_by(f"import {module}")
+    assert module in found
+    assert not found & SLOW_TO_LOAD
+
+
+@pytest.mark.parametrize("command", ["", *main.commands])
+def test_help_loads_nothing_slow(command):
+    shown = f"""
+import runpy
+sys.argv = ["tinylm", *{command!r}.split(), "--help"]
+try:
+    runpy.run_module("tinylm", run_name="__main__")
+except SystemExit as end:
+    assert not end.code
+"""
+    found = loaded_by(shown)
+    assert "tinylm.cli" in found
+    assert not found & SLOW_TO_LOAD
+
+
+def test_tokenising_loads_no_torch():
+    found = loaded_by("import tinylm; tinylm.Tokenizer, tinylm.prepare")
+    assert found >= {"tinylm.tokenizer", "tinylm.corpora"}
+    assert not found & (SLOW_TO_LOAD - {"numpy", "sentencepiece"})
+
+
+def test_what_compiles_nothing_loads_no_compiler():
+    training = """
+import numpy
+from tinylm import ModelConfig, TinyLM, TrainConfig, Trainer, generate, load_model, save_model, stream
+shape = ModelConfig(vocab_size=256, hidden_size=16, num_layers=1, num_heads=2, max_seq_len=8)
+TinyLM(shape)
+tokens = numpy.zeros(200, dtype=numpy.uint16)
+plain = TrainConfig(max_steps=1, warmup_steps=0, batch_size=1, compile=False, precision="fp32", threads=1)
+Trainer(shape, plain, tokens, tokens).run()
+"""
+    found = loaded_by(training)
+    assert found >= {"torch", "tinylm.model", "tinylm.train", "tinylm.generate", "tinylm.checkpoint"}
+    assert not found & (COMPILER | {"pandas", "scipy", "matplotlib"})

@@ -20,7 +20,8 @@ from tinylm.train import evaluate
 
 CORPUS = {"text": "a", "text_sha256": "1", "tokenizer_sha256": "2", "split": "90/5/5"}
 STACK = {"torch": "2", "cpu": "x", "platform": "y"}
-ARITHMETIC = {"device": "cpu", "precision": "fp32", "compile": False, "attention": "sdpa", "threads": 1, "stack": STACK}
+ARITHMETIC = {"device": "cpu", "precision": "fp32", "compile": False, "query_blocks": 1, "threads": 1}
+ARITHMETIC |= {"stacked": False, "machine": STACK}
 TIMES = ("started", "finished", "seconds", "tokens_per_second", "checksum")
 
 
@@ -68,7 +69,7 @@ def test_identity_holds_what_decides_the_numbers():
     assert identity(a_run(), {**CORPUS, "text_sha256": "3"}, ARITHMETIC) != base
     assert identity(a_run(), {**CORPUS, "tokenizer_sha256": "3"}, ARITHMETIC) != base
     assert identity(a_run(), CORPUS, {**ARITHMETIC, "threads": 2}) != base
-    assert identity(a_run(), CORPUS, {**ARITHMETIC, "stack": {**STACK, "torch": "3"}}) != base
+    assert identity(a_run(), CORPUS, {**ARITHMETIC, "machine": {**STACK, "torch": "3"}}) != base
     assert identity(a_run(), CORPUS, ARITHMETIC, revision=backend.NUMERICS_REVISION + 1) != base
 
 
@@ -192,7 +193,7 @@ def test_a_diverged_run_is_a_result_with_its_reason(text, tmp_path):
 
 def test_a_failed_run_is_recorded_and_tried_again(text, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "run", lambda self: 1 / 0)
+        patch.setattr(train.Trainer, "_batches", lambda self: 1 / 0)
         record = train_run(a_run(text), tmp_path)
     assert record["status"] == "failed" and "ZeroDivisionError" in record["reason"]
     assert load_runs(tmp_path).status.tolist() == ["failed"]
@@ -210,13 +211,8 @@ def test_errors_a_person_can_mend_are_raised_and_not_recorded(text, tmp_path):
 def test_a_folder_keeps_to_one_machine_but_is_read_on_any(text, tmp_path, monkeypatch):
     record = train_run(a_run(text), tmp_path)
     train_run(a_run(text, precision="bf16"), tmp_path)  # another arithmetic of the same machine is welcome
-    resolve = backend.resolve
-
-    def elsewhere(config):
-        here = resolve(config)
-        return {**here, "stack": {**here["stack"], "cpu": "another processor"}}
-
-    monkeypatch.setattr(backend, "resolve", elsewhere)
+    here = backend.machine()
+    monkeypatch.setattr(backend, "machine", lambda device="cpu": {**here, "cpu": "another processor"})
     assert train_run(a_run(text), tmp_path)["finished"] == record["finished"]
     with pytest.raises(LabError, match="another processor") as caught:
         train_run(a_run(text, seed=1), tmp_path)
@@ -267,8 +263,8 @@ def test_what_runs_share_is_put_together_again_from_the_records(text, tmp_path):
 
 def test_one_run_asked_for_twice_at_once_is_trained_once(text, tmp_path, monkeypatch):
     began = []
-    run_it = train.Trainer.run
-    monkeypatch.setattr(train.Trainer, "run", lambda self: began.append(1) or run_it(self))
+    together = train.train_together
+    monkeypatch.setattr(train, "train_together", lambda *a, **k: began.append(1) or together(*a, **k))
     monkeypatch.setattr(engine, "_one_at_a_time", contextlib.nullcontext())
     found = []
     both = [threading.Thread(target=lambda: found.append(train_run(a_run(text), tmp_path))) for _ in range(2)]

@@ -186,12 +186,11 @@ def test_failed_runs_are_tried_again_but_do_not_stand_in_the_way_of_a_redraw(tex
     runs = [a_run(text), a_run(text, seed=1)]
     with ThreadPoolExecutor(1) as threads:
         with monkeypatch.context() as patch:
-            real = train.Trainer.run
-            patch.setattr(train.Trainer, "run", lambda self: real(self) if self.config.seed else 1 / 0)
+            real = train.Trainer._update
+            patch.setattr(train.Trainer, "_update", lambda self, *a: real(self, *a) if self.config.seed else 1 / 0)
             assert sweep(runs, tmp_path, executor=threads).status.tolist() == ["failed", "finished"]
         with monkeypatch.context() as patch:  # on another machine
-            real_resolve = backend.resolve
-            patch.setattr(backend, "resolve", lambda config: {**real_resolve(config), "stack": {"cpu": "another"}})
+            patch.setattr(backend, "machine", lambda device="cpu": {"cpu": "another"})
             with pytest.warns(UserWarning, match="as recorded"):
                 assert sweep(runs, tmp_path, executor=threads).status.tolist() == ["failed", "finished"]
             with pytest.raises(LabError, match="another"):

@@ -1,48 +1,137 @@
-"""The resolved arithmetic of this machine: what decides the bits of a run beside its configs, text and seed."""
+"""The resolved arithmetic of this machine: what decides the bits of a run beside its configs, text and seed.
+
+One place decides how a run is computed. What is asked for stands in ``TrainConfig`` (device, precision, compile, threads);
+what is left open (``precision="auto"``, ``compile=None``) is picked by rules below from what was measured on this machine.
+Imports torch only when it is needed.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import os
 import platform
 import shutil
+import subprocess
+import sys
+import typing
+from pathlib import Path
 
-import torch
-
-from tinylm.config import TrainConfig
+from tinylm import counts, files
+from tinylm.config import ModelConfig, TrainConfig
 from tinylm.errors import LabError
 
-NUMERICS_REVISION = 1  # raised by every change to how training computes, so that old records are not taken for new ones
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+if typing.TYPE_CHECKING:
+    import torch
+
+NUMERICS_REVISION = 2  # raised by every change to how training computes, so that old records are not taken for new ones
+
+# Compiling costs some ten seconds of a core or more, once for each shape and machine, and a second or two where the code
+# is kept. A run shorter than this takes a minute or two of a core and would hardly win that back.
+FLOPS_WORTH_COMPILING = 3e12
+# A stack pays where the operations of one run are too small to keep a core busy (see results/bench). Stacks stay eager:
+# compiled, they were little faster, and each of the many small shapes of a study would have to be compiled.
+STACKED_UP_TO = 1 << 15  # channels a step: tokens in a micro-step times hidden_size
+
+PLAIN_WORDS = "eager, fp32 products, torch's attention"
+PLAIN = {"bf16": False, "compile": False, "query_blocks": 1}  # what a machine is taken for until it is measured
 
 
-def resolve(train: TrainConfig) -> dict:
+def picks(model: ModelConfig, train: TrainConfig) -> dict:
+    """What the open choices of a run depend on beside the machine; no two runs that differ here share an arithmetic."""
+    channels = train.batch_size * train.resolve(model).seq_len * model.hidden_size
+    stackable = train.device == "cpu" and (train.threads or 1) == 1 and model.dropout == 0 and train.precision != "fp16"
+    return {
+        "long": counts.train_flops(model, train) >= FLOPS_WORTH_COMPILING,
+        "stackable": stackable and channels <= STACKED_UP_TO,
+    }
+
+
+def resolve(train: TrainConfig, model: ModelConfig, in_stacks: bool = False) -> dict:
     """What ``train`` comes to on this machine, as plain values that enter a run's identity: ``device``, ``precision``,
-    ``compile``, ``attention`` (which kernel), ``threads`` and ``stack`` (torch, CPU, platform, and under CUDA its GPU).
+    ``compile``, ``query_blocks`` (of ``attention.blocked_causal``; 1 is torch's kernel), ``threads``, ``stacked`` (only
+    where ``in_stacks`` allows it) and ``machine``.
 
     Raises LabError where the device is unknown or absent, or compile=True finds no C++ compiler.
     """
-    device = _device(train.device)
-    if train.compile and cpp_compiler() is None:
-        raise LabError(
-            "compile=True needs a C++ compiler",
-            "none of $CXX, c++, g++, clang++, cl on the PATH",
-            "install one, or train with compile=False",
-        )
-    stack = {
+    device, pick = _device(train.device), picks(model, train)
+    if train.compile:
+        _need_compiler()
+    open_choice = train.precision == "auto" or train.compile is None
+    if device.type == "cuda":
+        found = _findings_on_gpu()
+    else:
+        found = findings() if open_choice and pick["long"] else PLAIN
+    stacked = in_stacks and pick["stackable"]
+    compiles = train.compile
+    if compiles is None:
+        compiler = device.type == "cuda" or cpp_compiler() is not None
+        compiles = found["compile"] and pick["long"] and compiler and not stacked
+    precision = ("bf16" if found["bf16"] else "fp32") if train.precision == "auto" else train.precision
+    return {
+        "device": str(device),
+        "precision": precision,
+        "compile": compiles,
+        "query_blocks": found["query_blocks"] if compiles else 1,
+        "threads": train.threads or os.cpu_count() or 1,
+        "stacked": stacked,
+        "machine": machine(train.device),
+    }
+
+
+def words(arithmetic: dict) -> str:
+    """The path in words: ``compiled, bf16 products, 2-block attention``."""
+    parts = ["compiled" if arithmetic["compile"] else "eager", f"{arithmetic['precision']} products"]
+    blocks = arithmetic["query_blocks"]
+    parts.append(f"{blocks}-block attention" if blocks > 1 else "torch's attention")
+    return ", ".join([*parts, "stacked"] if arithmetic["stacked"] else parts)
+
+
+def machine(device: str = "cpu") -> dict:
+    """What the bits of a computation depend on: torch, processor, platform, and under CUDA the GPU."""
+    import torch
+
+    known = {
         "torch": torch.__version__,
         "cpu": f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}",
         "platform": f"{platform.system()}-{platform.machine()}",
     }
-    if device.type == "cuda":
-        stack["gpu"] = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
+    if (found := _device(device)).type == "cuda":
+        known["gpu"] = f"{torch.cuda.get_device_name(found)}, CUDA {torch.version.cuda}"
+    return known
+
+
+def findings() -> dict:
+    """What was measured on this machine, once: ``bf16``, ``compile``, ``query_blocks`` (see ``probe``). Kept in the lab's
+    cache. Measured in a process of its own, since what is compiled depends on the threads of the process."""
+    key = files.sha256_bytes(files.canonical_json(machine()).encode())[:16]
+    path = files.home() / "machines" / f"{key}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        known = json.loads(path.read_text())
+        return {name: type(value)(known[name]) for name, value in PLAIN.items()}
+    print("measuring this machine, once: eager or compiled, fp32 or bf16 products, which attention", flush=True)
+    command = [sys.executable, "-m", "tinylm.probe"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        known = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        last = (done.stderr.strip().splitlines() or ["no word of why"])[-1]
+        print(f"the measurement failed ({last}): runs take the plain path", flush=True)
+        return dict(PLAIN)
+    files.write_whole(path, json.dumps(known, indent=1) + "\n")
+    return {name: known[name] for name in PLAIN}
+
+
+def _findings_on_gpu() -> dict:
+    import importlib.util
+
+    import torch
+
     return {
-        "device": str(device),
-        "precision": train.precision,
-        "compile": train.compile,
-        "attention": "sdpa",
-        "threads": train.threads or os.cpu_count() or 1,
-        "stack": stack,
+        "bf16": torch.cuda.is_bf16_supported(),
+        "compile": importlib.util.find_spec("triton") is not None,
+        "query_blocks": 1,
     }
 
 
@@ -56,6 +145,8 @@ def apply(arithmetic: dict) -> None:
     Denormals are left alone: flushing them made no difference to the speed of tiny runs, and the switch reaches only
     threads started after it, so that bits would depend on what ran before.
     """
+    import torch
+
     if torch.get_num_threads() != arithmetic["threads"]:
         torch.set_num_threads(arithmetic["threads"])
     if arithmetic["device"].startswith("cuda"):
@@ -64,9 +155,35 @@ def apply(arithmetic: dict) -> None:
         torch.cuda.set_device(torch.device(arithmetic["device"]))
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context in which forward passes run: weights stay fp32, matrix products go down to ``precision``."""
-    return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32")
+def prepare_to_compile() -> None:
+    """Keep compiled code in the lab's cache, compile in this process, and never fall back to eager in silence."""
+    _need_compiler()
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(files.home() / "compiled"))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # its pool of processes would outlive a killed worker
+    import torch._dynamo
+
+    torch._dynamo.config.force_parameter_static_shapes = False  # a stack's weights have its height as first dimension
+    # Every shape of a sweep is one more entry for the same code. With fullgraph=True a full table is an error.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 1024)
+
+
+def product_dtype(arithmetic: dict) -> torch.dtype | None:
+    """In what matrix products are taken by explicit casts; None for fp32, and where autocast does it (``autocast``)."""
+    import torch
+
+    explicit = arithmetic["precision"] == "bf16" and arithmetic["device"] == "cpu"
+    return torch.bfloat16 if explicit else None
+
+
+def autocast(arithmetic: dict) -> contextlib.AbstractContextManager:
+    """The context in which forward passes run: weights stay fp32, matrix products go down to the precision."""
+    import torch
+
+    if arithmetic["precision"] == "fp32" or product_dtype(arithmetic) is not None:
+        return contextlib.nullcontext()
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[arithmetic["precision"]]
+    return torch.autocast(torch.device(arithmetic["device"]).type, dtype=dtype)
 
 
 def cpp_compiler() -> str | None:
@@ -75,7 +192,18 @@ def cpp_compiler() -> str | None:
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
+def _need_compiler() -> None:
+    if cpp_compiler() is None:
+        raise LabError(
+            "compile=True needs a C++ compiler",
+            "none of $CXX, c++, g++, clang++, cl on the PATH",
+            "install one, or train with compile=False",
+        )
+
+
 def _device(name: str) -> torch.device:
+    import torch
+
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -98,11 +226,8 @@ def _device(name: str) -> torch.device:
 @functools.cache
 def _cpu_name() -> str:
     """The processor's name: matrix libraries choose their kernels, and so their rounding, by it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
+    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

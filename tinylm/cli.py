@@ -1,4 +1,4 @@
-"""The command line: fetch, train, generate, fit, plan, study. Commands import what they need, ``--help`` no torch."""
+"""The command line: fetch, train, generate, fit, plan, study, bench. Commands import what they need, ``--help`` no torch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import json
 import math
+import os
 import sys
 import typing
 from collections.abc import Callable
@@ -253,38 +254,36 @@ def _numbers_of(table: Path, columns: list[str]) -> list[list[float]]:
 
 
 @main.command()
-@click.option("--minutes", type=float, help="Time to train for, at the speed that the study measured on its machine.")
-@click.option("--flops", type=float, help="Compute to spend instead.")
+@click.option("--minutes", type=float, help="Time to train for on this machine; its speed is measured where not known.")
+@click.option("--flops", type=float, help="Compute to spend.")
+@click.option("--tokens", type=float, help="Tokens to train on, repeats counted, at the size that suits so many.")
 @click.option("--results-dir", type=click.Path(path_type=Path), help="By default results/local/quickstart.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def plan(minutes: float | None, flops: float | None, results_dir: Path | None, as_json: bool) -> None:
-    """Plan the next run from the law that a quickstart study measured."""
-    if (minutes is None) == (flops is None):
-        raise LabError("A plan has one budget", f"minutes={minutes}, flops={flops}", "give --minutes or --flops")
+def plan(
+    minutes: float | None, flops: float | None, tokens: float | None, results_dir: Path | None, as_json: bool
+) -> None:
+    """Plan the next run from the laws that a study measured: its shape, tokens, batch and learning rate, the loss to
+    expect with its 95 % interval, its time, and what a model of half or twice the size would cost.
+
+    Give one budget. Where it is more than the text holds, the plan says how many epochs that is and what they are worth.
+    """
+    if sum(budget is not None for budget in (minutes, flops, tokens)) != 1:
+        raise LabError(
+            "A plan has one budget",
+            f"minutes={minutes}, flops={flops}, tokens={tokens}",
+            "give --minutes or --flops or --tokens",
+        )
     from tinylm.study import design, planner
     from tinylm.study.parameters import QuickstartParameters
 
-    folder = results_dir or QuickstartParameters().folder
-    surface, lr_rule, law = _checked(folder / "tables" / "law.json", _law_of)
-    speed = None if minutes is None else _checked(folder / "speed.json", lambda known: planner.Speed(**known))
-    recipe = design.Recipe()
-    found = planner.plan(
-        surface,
-        lr_rule,
-        law["ladder"],
-        batch_rule=recipe.batch_size,
-        seq_len=recipe.seq_len,
-        largest_flops_fitted=law["largest_flops"],
-        budget_flops=flops,
-        budget_seconds=None if minutes is None else 60 * minutes,
-        speed=speed,
-        tokens_available=law["tokens_available"],
-        seed_sd=law["seed_sd"],
-        frontier=law["frontier"],
-    )
+    folder, recipe = results_dir or QuickstartParameters().folder, design.Recipe()
+    evidence = _checked(folder / "tables" / "law.json", planner.Evidence.from_dict)
+    if minutes is None:
+        found = evidence.plan(recipe, flops=flops, tokens=tokens)
+    else:
+        found = _plan_in_time(evidence, recipe, 60 * minutes, folder / "speed.json")
     if as_json:
-        fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
-        click.echo(json.dumps({name: value for name, value in fields.items() if name not in ("options", "shape")}))
+        click.echo(json.dumps(found.to_dict()))
         return
     for item, value in found.table()["plan"].items():
         click.echo(f"{item:30s} {value}")
@@ -292,21 +291,18 @@ def plan(minutes: float | None, flops: float | None, results_dir: Path | None, a
         click.echo(f"warning: {warning}", err=True)
 
 
-def _law_of(law: dict) -> tuple[typing.Any, typing.Any, dict]:
-    """Surface, learning-rate rule and the rest of what a study's law.json holds, with the ladder as a table."""
-    import pandas as pd
+def _plan_in_time(evidence: typing.Any, recipe: typing.Any, seconds: float, path: Path) -> typing.Any:
+    """A plan at the speed that the study measured, where that was on this machine; else at a speed measured now."""
+    from tinylm import backend
+    from tinylm.study import planner
 
-    from tinylm.study.scaling import Fit, LearningRateRule
-
-    names = {field.name for field in dataclasses.fields(Fit)}
-
-    def fit(known: dict) -> Fit:
-        known = {name: value for name, value in known.items() if name in names and value is not None}
-        return Fit(**{**known, "samples": pd.DataFrame(known["samples"])})
-
-    needed = {name: law[name] for name in ("largest_flops", "tokens_available", "seed_sd")}
-    needed |= {"ladder": pd.DataFrame(law["ladder"]), "frontier": fit(law["frontier"]) if law["frontier"] else None}
-    return fit(law["surface"]), LearningRateRule(**law["lr_rule"]), needed
+    known = _checked(path, lambda values: planner.Speed(**values)) if path.exists() else None
+    threads = os.cpu_count() or 1
+    if known is None or (known.machine, known.threads) != (backend.machine()["cpu"], threads):
+        load = f", load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+        click.echo(f"measuring this machine's speed; it should be idle ({threads} threads{load})", err=True)
+        known = evidence.speed_for(recipe, [seconds], threads)
+    return evidence.plan(recipe, seconds=seconds, speed=known)
 
 
 def _checked(path: Path, read: Callable[[dict], typing.Any]) -> typing.Any:
@@ -359,6 +355,25 @@ def study(name: str, results_dir: Path | None, more: tuple[tuple[str, str], ...]
         click.echo("\nstopped; finished runs are kept, and the same command started again goes on from there", err=True)
         sys.exit(130)
     click.echo(f"page:   {page}")
+
+
+@main.command()
+@click.option("--only", metavar="NAME,...", help="Sections to measure, or `report` to draw it anew; see below.")
+@click.option("--preset", type=click.Choice(["smoke", "full"]), default="full", show_default=True)
+@click.option("--rounds", type=int, help="Turns of each contender, other than the preset's.")
+@click.option("--force", is_flag=True, help="Measure also while the machine is busy; the report says so.")
+@click.option("--results-dir", type=click.Path(path_type=Path), help="By default results/bench/<this machine>.")
+def bench(only: str | None, preset: str, rounds: int | None, force: bool, results_dir: Path | None) -> None:
+    """Measure speed on this machine, beside transformers and beside what its arithmetic allows.
+
+    Sections: machine, training, generation, sweep, profile, growth, and parity, which is measured only when it is named. Each
+    is kept when it is measured, and the report is drawn from all that are there. The smoke preset shows in about a minute
+    that everything runs, and writes under results/local.
+    """
+    from tinylm.study import bench as benchmark
+
+    names = tuple(name.strip() for name in only.split(",")) if only else benchmark.USUAL
+    benchmark.run(names, preset, results_dir, force, rounds, say=click.echo)
 
 
 def _value(text: str) -> object:

@@ -21,7 +21,7 @@ MLPS = ("swiglu", "gelu", "relu")
 POSITIONS = ("rope", "learned", "sinusoidal", "none")
 INITS = ("fixed", "scaled")
 SCHEDULES = ("cosine", "wsd")
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 TOKENIZERS = ("bpe", "unigram", "char", "byte")
 
 
@@ -220,6 +220,8 @@ class TrainConfig(_Config):
     unique_tokens: train on this many distinct tokens only (windows taken from a fixed shuffle); None is all of them.
     eval_interval: steps between evaluations; None is max_steps // 20, at least 1. eval_tokens: validation tokens scored each
         time, always the same ones. patience: stop after so many evaluations without a better val_loss; None never stops early.
+    precision: of matrix products; weights, norms, softmax and loss stay fp32. ``auto`` and compile None are picked by what was
+        measured on this machine (see ``backend``); ``fp32`` and False give the plain path.
     checkpoint_minutes: how often a resumable checkpoint is written where a folder for it is given; it changes no number.
     """
 
@@ -238,9 +240,9 @@ class TrainConfig(_Config):
     seq_len: int | None = None
     stride: int | None = None
     unique_tokens: int | None = None
-    precision: str = "fp32"
+    precision: str = "auto"
     device: str = "cpu"
-    compile: bool = False
+    compile: bool | None = None
     threads: int | None = None
     seed: int = 0
     eval_interval: int | None = None

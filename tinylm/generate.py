@@ -15,8 +15,10 @@ is not part of the text that comes back. Rows of a batch follow these rules each
 from __future__ import annotations
 
 import codecs
+import copy
+import functools
+import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -27,6 +29,7 @@ from torch import Tensor
 
 from tinylm.attention import KVCache
 from tinylm.config import GenerateConfig
+from tinylm.decoding import Step
 from tinylm.errors import ConfigError, LabError
 from tinylm.model import TinyLM
 
@@ -121,7 +124,7 @@ def _stream(model, tokenizer, row, config, stop, top) -> Iterator[TokenOut]:
 
 def next_token_logits(model: TinyLM, tokenizer: Tokenizer, prompt: str) -> tuple[Tensor, Tensor]:
     """What a prompt leads to, ready for ``filter_logits``: logits (1, V) of the next token, and seen (1, V)."""
-    decoding = _Decoding(model, [_encode(model, tokenizer, prompt)])
+    decoding = Decoding(model, [_encode(model, tokenizer, prompt)])
     return decoding.logits, decoding.seen()
 
 
@@ -200,76 +203,82 @@ def _sample(
     # the filters change what a row draws.
     generators = [torch.Generator().manual_seed((config.seed + row) % 2**63) for row in range(len(rows))]
     draws = torch.stack([torch.rand(config.max_new_tokens, generator=g, dtype=torch.float64) for g in generators])
-    decoding = _Decoding(model, rows)
-    for count in range(config.max_new_tokens):
-        logits = decoding.logits
-        seen = decoding.seen() if config.repetition_penalty != 1 else None
-        summed = filter_logits(logits, config, seen)["top_p"].cumsum(-1)
-        # The first token whose running sum exceeds the draw: one of probability zero never does.
-        ids = torch.searchsorted(summed, draws[:, count, None] * summed[:, -1:], right=True)
-        log_probabilities = logits.double().log_softmax(-1)
-        yield ids[:, 0].numpy(), log_probabilities.gather(-1, ids)[:, 0].numpy(), log_probabilities
-        if count + 1 < config.max_new_tokens:
-            decoding.advance(ids[:, 0].tolist())
+    draws = (draws * (1 - 1e-12)).t().contiguous()[:, :, None]  # below what probabilities add up to, rounding and all
+    penalises = config.repetition_penalty != 1
+    is_plain = config.temperature > 0.01 and config.top_k is None and config.top_p == 1 and not penalises
+    decoding, ids = Decoding(model, rows), None
+    for draw in draws:
+        # Entered anew for each token: a mode held across a yield would leak into the caller's code.
+        with torch.inference_mode():
+            if ids is not None:
+                decoding.advance(ids)
+            logits = decoding.logits
+            if is_plain:  # what filter_logits comes to, in fewer operations
+                probabilities = (logits.double() / config.temperature).softmax(-1)
+            else:
+                probabilities = filter_logits(logits, config, decoding.seen() if penalises else None)["top_p"]
+            summed = probabilities.cumsum(-1)
+            # The first token whose running sum exceeds the draw: one of probability zero never does.
+            chosen = torch.searchsorted(summed, draw, right=True)
+            log_probabilities = logits.log_softmax(-1)
+            log_probs = log_probabilities.gather(-1, chosen).squeeze(-1)
+            ids = chosen.squeeze(-1)
+        yield ids.numpy(), log_probs.numpy(), log_probabilities
 
 
-class _Decoding:
+class Decoding:
     """Rows being continued: the tokens of each inside its window, and a cache of their keys and values.
 
     logits (B, V): those of the next token, on the CPU in fp32.
     """
 
     def __init__(self, model: TinyLM, rows: list[list[int]]):
-        self.model, self.slots = model, model.config.max_seq_len
-        self.slides = model.config.position in ("rope", "none")
-        self.windows = [deque(row[-self.slots :]) for row in rows]
-        self.counts = np.zeros((len(rows), model.config.vocab_size), dtype=np.int64)
-        for row, window in enumerate(self.windows):
-            np.add.at(self.counts[row], list(window), 1)
-        self._read_windows()
+        is_fp32 = model.embedding.weight.dtype == torch.float32
+        self.model, self.slots = model if is_fp32 else copy.deepcopy(model).float(), model.config.max_seq_len
+        with torch.inference_mode():
+            self._read([row[-self.slots :] for row in rows])
 
-    def advance(self, ids: list[int]) -> None:
-        """Add one token to each row and move the logits on."""
-        is_left = False
-        for row, (window, token) in enumerate(zip(self.windows, ids, strict=True)):
-            window.append(token)
-            self.counts[row, token] += 1
-            if len(window) > self.slots:
-                is_left = not self.slides
-                keep = self.slots if self.slides else max(1, self.slots // 2)
-                while len(window) > keep:
-                    self.counts[row, window.popleft()] -= 1
-        if is_left:  # the other rows are read anew too, as they stand: the same as having gone on
-            self._read_windows()
+    @functools.cached_property
+    def step(self) -> Step:
+        return Step(self.model)
+
+    def advance(self, ids: Tensor) -> None:
+        """Add one token to each row (B,) and move the logits on."""
+        if self.cache.length == self.slots and not self.cache.is_ring:
+            # Rows that are not full are read anew too, as they stand: the same as having gone on.
+            keep = max(1, self.slots // 2)
+            rows = [[*held[held >= 0], token] for held, token in zip(self.tokens, ids.tolist(), strict=True)]
+            self._read([row if len(row) <= self.slots else row[-keep:] for row in rows])
         else:
-            self._forward([[token] for token in ids])
+            self.tokens[:, self.cache.length % self.slots] = ids.numpy()
+            self._tell(self.step(ids.to(self.cache.keys.device), self.cache))
 
     def seen(self) -> Tensor:
         """Which tokens the windows hold, (B, V) bool."""
-        return torch.from_numpy(self.counts > 0)
+        seen = np.zeros((len(self.tokens), self.model.config.vocab_size + 1), dtype=bool)
+        seen[np.arange(len(seen))[:, None], self.tokens] = True  # the last column takes the -1 of empty slots
+        return torch.from_numpy(seen[:, :-1])
 
-    def _read_windows(self) -> None:
-        longest = max(map(len, self.windows))
-        padding = torch.tensor([longest - len(window) for window in self.windows])
-        weight = self.model.embedding.weight
-        self.cache = KVCache(
-            self.model.config, len(self.windows), weight.device, weight.dtype, padding.to(weight.device)
-        )
-        self._forward([[0] * (longest - len(window)) + list(window) for window in self.windows])
-
-    def _forward(self, ids: list[list[int]]) -> None:
+    def _read(self, rows: list[list[int]]) -> None:
+        longest, device = max(map(len, rows)), self.model.embedding.weight.device
+        self.tokens = np.full((len(rows), self.slots), -1)  # by slot, as in the cache; -1 where there is none
+        for tokens, row in zip(self.tokens, rows, strict=True):
+            tokens[longest - len(row) : longest] = row
+        padding = torch.tensor([longest - len(row) for row in rows], device=device)
+        self.cache = KVCache(self.model.config, len(rows), device, padding=padding)
+        ids = torch.from_numpy(self.tokens[:, :longest]).clamp(min=0).to(device)
         is_training = self.model.training
         if is_training:  # a model sampled while it trains: dropout off for this pass only
             self.model.eval()
         try:
-            # Entered anew for each token: a mode held across a yield would leak into the caller's code.
-            with torch.inference_mode():
-                logits = self.model(torch.tensor(ids, device=self.model.embedding.weight.device), self.cache)[:, -1]
+            self._tell(self.model(ids, self.cache)[:, -1])
         finally:
             if is_training:
                 self.model.train()
+
+    def _tell(self, logits: Tensor) -> None:
         self.logits = logits.float().cpu()
-        if not bool(torch.isfinite(self.logits).all()):
+        if not math.isfinite(self.logits.sum()):
             raise LabError(
                 "A model that speaks has finite logits",
                 "NaN or infinite logits",

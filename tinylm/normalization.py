@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinylm.config import ModelConfig
+from tinylm.layers import across
 
 
 class RMSNorm(nn.Module):
@@ -18,7 +19,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if self.weight.ndim == 1:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, x.shape[-1:], None, self.eps) * across(self.weight)
 
 
 class LayerNorm(nn.Module):
@@ -31,7 +34,9 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(size))
 
     def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D)
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        if self.weight.ndim == 1:
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        return F.layer_norm(x, x.shape[-1:], eps=self.eps) * across(self.weight) + across(self.bias)
 
 
 NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}

@@ -62,12 +62,14 @@ class LearnedPosition(NoPosition):
         self.weight = nn.Parameter(torch.empty(config.max_seq_len, config.hidden_size))
 
     def embed(self, positions: Tensor) -> Tensor:
-        if positions.shape[-1] > self.weight.shape[0]:
+        if positions.shape[-1] > self.weight.shape[-2]:
             raise LabError(
                 "Learned positions end at max_seq_len",
-                f"{positions.shape[-1]} tokens, max_seq_len={self.weight.shape[0]}",
+                f"{positions.shape[-1]} tokens, max_seq_len={self.weight.shape[-2]}",
                 "give a shorter text, or train with position='rope'",
             )
+        if self.weight.ndim == 3:  # a stack
+            return self.weight[:, positions][:, None]  # (M, 1, T, D)
         return self.weight[positions]
 
 

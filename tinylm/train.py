@@ -32,6 +32,7 @@ from tinylm.config import ModelConfig, TrainConfig
 from tinylm.errors import ConfigError, LabError, TextError
 from tinylm.files import sha256_bytes
 from tinylm.model import TinyLM
+from tinylm.stack import Lane, Stack, Update
 from tinylm.words import in_kernel
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
@@ -136,14 +137,14 @@ def evaluate(
     seq_len: int,
     eval_tokens: int,
     token_bytes: np.ndarray | None = None,
-    precision: str = "fp32",
+    arithmetic: dict | None = None,
 ) -> dict:
     """Score up to eval_tokens of ``tokens``, each once, in windows of seq_len that do not overlap.
 
     The windows are the head of a shuffle that is always the same: equal arguments score equal tokens, and fewer
-    eval_tokens score a part of them. Returns val_loss (nats per token), val_bpb (bits per byte of raw text, by
-    token_bytes (V,), the bytes each id stands for; None without) and scored_tokens. Leaves the model in the mode it was
-    in.
+    eval_tokens score a part of them. arithmetic: of the run, as ``backend.resolve`` gives it; None is fp32. Returns
+    val_loss (nats per token), val_bpb (bits per byte of raw text, by token_bytes (V,), the bytes each id stands for;
+    None without) and scored_tokens. Leaves the model in the mode it was in.
     """
     data = TextDataset.from_tokens(tokens, seq_len, stride=seq_len)
     windows = _shuffle(len(data), "evaluation")[: max(1, eval_tokens // seq_len)]
@@ -155,7 +156,7 @@ def evaluate(
     try:
         for start in range(0, len(windows), at_once):
             inputs, targets = data.batch(windows[start : start + at_once])
-            with backend.autocast(device, precision):
+            with backend.autocast(arithmetic) if arithmetic else contextlib.nullcontext():
                 loss = model.loss(inputs.to(device), targets.to(device))
             nats += loss.item() * targets.numel()
             scored += targets.numel()
@@ -211,7 +212,7 @@ class Trainer:
     train_tokens, val_tokens: token ids (tokens,), arrays or memory maps. token_bytes (V,): bytes of raw text each id
     stands for, for val_bpb. checkpoint_dir: where a checkpoint is written every checkpoint_minutes, at a stop and at
     the end, and looked for at the start. progress: a bar, or plain lines without a screen. on_eval: called with each
-    point of the curve.
+    point of the curve. arithmetic: how to compute, where that was resolved before (see ``backend.resolve``).
 
     Weight decay falls on matrices and embeddings, not on norms and biases. Every evaluation before the last scores a
     fixed part of eval_tokens, at most a quarter of them and an eighth of the tokens trained on in between (but 8
@@ -233,9 +234,10 @@ class Trainer:
         checkpoint_dir: str | os.PathLike | None = None,
         progress: bool = False,
         on_eval: Callable[[dict], None] | None = None,
+        arithmetic: dict | None = None,
     ):
         self.config = config = train_config.resolve(model_config)
-        self.arithmetic = backend.resolve(config)
+        self.arithmetic = backend.resolve(config, model_config) if arithmetic is None else arithmetic
         backend.apply(self.arithmetic)
         self.device = torch.device(self.arithmetic["device"])
         self.data = TextDataset.from_tokens(train_tokens, config.seq_len, config.stride)
@@ -251,21 +253,10 @@ class Trainer:
         self.progress, self.on_eval = progress, on_eval
 
         self.model = TinyLM(model_config, seed=config.seed).to(self.device)
-        if config.compile:  # block by block: they share their code, so that it is compiled once
-            for block in self.model.blocks:
-                block.compile()
-        self._parameters = list(self.model.parameters())
-        self._optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for p in self._parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-                {"params": [p for p in self._parameters if p.ndim < 2], "weight_decay": 0.0},
-            ],
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            eps=1e-8,
-            fused=True,
-        )
-        self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self.model.compute_with(backend.product_dtype(self.arithmetic), query_blocks=1)
+        self.lane = Lane(self.model)
+        self._loss_scale = 2.0**16 if self.arithmetic["precision"] == "fp16" else 1.0
+        self._good_steps = 0  # in a row, since the loss scale changed
 
         self.step = 0
         self.curve: list[dict] = []
@@ -274,6 +265,8 @@ class Trainer:
         self._first_loss: float | None = None
         self._losses: tuple[float, int] = (0.0, 0)  # sum and number since the last evaluation
         self._seconds = self._step_seconds = 0.0
+        self._skipped = 0  # steps whose gradient overflowed fp16 and changed nothing
+        self._stack: Stack | None = None
         self._best: dict | None = None  # the best point of the curve, where there is patience
         self._best_weights: dict[str, Tensor] = {}
         self._order: tuple[int, np.ndarray] | None = None  # an epoch and its shuffle
@@ -287,42 +280,13 @@ class Trainer:
         """Train to the end, or until stopped; a run that has ended already only gives its result. Ctrl-C stops it at
         the border of the next step, with a checkpoint where there is a folder for it; a second Ctrl-C interrupts at
         once."""
-        self._status = None if self._status == "stopped" else self._status
-        if self._status is None:
-            bar = progress_bar(self.config.max_steps, self.step, "training", "step", enabled=self.progress)
-            with bar, _stop_at_interrupt(self._stop):
-                self._train(bar)
-            if self.checkpoint:
-                self.save()
-        self.model.eval()
-        return self._result()
+        return train_together([self])[0]
 
-    def _train(self, bar: progress_bar) -> None:
-        """Step, evaluate and save until there is a status."""
-        config = self.config
-        self.model.train()
-        self._mark = saved = time.perf_counter()
-        while self._status is None and not self._stop.is_set():
-            loss = self._train_step()
-            self._tick()
-            at_end = self.step == config.max_steps
-            if self._status is None and (at_end or self.step % config.eval_interval == 0):
-                self._evaluate()
-                self._tick()
-            if self._status is None and at_end:
-                self._end("finished")
-            bar.update(self.step, lambda loss=loss: f"loss {loss:.3f}, {self._tokens_per_second:,.0f} tokens/s")
-            if self.checkpoint and 0 < config.checkpoint_minutes * 60 < self._mark - saved:
-                self.save()
-                saved = self._mark
-        if self._status is None:
-            self._end("stopped", f"stopped on request after step {self.step}")
-            self._stop.clear()
-
-    def _tick(self) -> None:
-        """Add the time since the last tick to the run's."""
-        now = time.perf_counter()
-        self._seconds, self._mark = self._seconds + now - self._mark, now
+    def train_step(self) -> float:
+        """One update; returns the loss before it. Where the run diverges it gets its status, and keeps its weights."""
+        if self._stack is None:
+            self._stack = Stack([self.lane], self.arithmetic)
+        return _step_together([self], self._stack)[0]
 
     def request_stop(self) -> None:
         """Let ``run`` end at the border of the next step, with status ``stopped``; from any thread."""
@@ -333,12 +297,10 @@ class Trainer:
         if self.checkpoint is None:
             raise LabError("A checkpoint needs a folder", "checkpoint_dir=None", "give the Trainer a checkpoint_dir")
         tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
-        for index, state in self._optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
+        tensors |= {"optimizer.first": self.lane.first, "optimizer.second": self.lane.second}
         tensors |= {f"best.{name}": value for name, value in self._best_weights.items()}
         progress = {name: getattr(self, name) for name in _PROGRESS}
-        meta = {**self._expected(), "progress": progress, "scaler": self._scaler.state_dict()}
-        return save_state(self.checkpoint, tensors, meta)
+        return save_state(self.checkpoint, tensors, {**self._expected(), "progress": progress})
 
     def _expected(self) -> dict:
         """What a checkpoint must agree on to be gone on with."""
@@ -359,15 +321,12 @@ class Trainer:
             part, _, rest = name.partition(".")
             parts[part][rest] = value.clone()  # out of the file's buffer
         copy_weights(self.model, parts["model"], self.checkpoint)
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, value in parts["optimizer"].items():
-            index, _, key = name.partition(".")
-            state.setdefault(int(index), {})[key] = value
-        self._optimizer.load_state_dict({"state": state, "param_groups": self._optimizer.state_dict()["param_groups"]})
+        self.lane.first.copy_(parts["optimizer"]["first"])
+        self.lane.second.copy_(parts["optimizer"]["second"])
         self._best_weights = {name: value.to(self.device) for name, value in parts["best"].items()}
-        self._scaler.load_state_dict(meta["scaler"])
         for name, value in meta["progress"].items():
             setattr(self, name, value)
+        self.lane.steps = self.step - self._skipped
 
     @property
     def _tokens_per_step(self) -> int:
@@ -390,51 +349,59 @@ class Trainer:
             first, left = first + len(parts[-1]), left - len(parts[-1])
         return self.windows[np.concatenate(parts)]
 
-    def _train_step(self) -> float:
-        """One update; returns the loss before it. Sets the status and leaves the weights alone where it diverges."""
-        began = time.perf_counter()
-        config = self.config
-        windows = self._windows_at(self.step)
-        total = 0.0
-        with self._randomness():
-            for first in range(0, len(windows), config.batch_size):
-                inputs, targets = self._to_device(*self.data.batch(windows[first : first + config.batch_size]))
-                with backend.autocast(self.device, config.precision):
-                    loss = self.model.loss(inputs, targets)
-                total = total + loss.detach()
-                self._scaler.scale(loss / config.grad_accum if config.grad_accum > 1 else loss).backward()
-        self._scaler.unscale_(self._optimizer)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters])
-        loss, norm = float(total) / config.grad_accum, float(norm)  # the one wait for the device in a step
-        if not math.isfinite(loss) or not (math.isfinite(norm) or self._scaler.is_enabled()):
+    def _batches(self) -> list[tuple[Tensor, Tensor]]:
+        """Inputs and targets (B, T) of this step, one pair for each of its micro-steps."""
+        windows, size = self._windows_at(self.step), self.config.batch_size
+        return [self.data.batch(windows[first : first + size]) for first in range(0, len(windows), size)]
+
+    def _update(self, loss: float, norm: float) -> Update | None:
+        """What the optimizer is to do with a gradient of this length (of the loss as scaled); None is nothing."""
+        config, norm = self.config, norm / self._loss_scale
+        scaled = self.arithmetic["precision"] == "fp16"
+        if not math.isfinite(loss) or not (math.isfinite(norm) or scaled):
             self._diverge(f"loss {loss}, gradient norm {norm}", self.step + 1)
-            self._optimizer.zero_grad()
-            return loss
-        if norm > config.grad_clip and math.isfinite(norm):
-            torch.nn.utils.clip_grads_with_norm_(self._parameters, config.grad_clip, torch.tensor(norm))
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate_at(self.step, config)
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
-        self._optimizer.zero_grad()
-        if self._scaler.is_enabled() and self._scaler.get_scale() < 1:
-            self._diverge("gradients overflow fp16 at every loss scale down to 1", self.step + 1)
-            return loss
+            return None
         self.step += 1
         self._first_loss = loss if self._first_loss is None else self._first_loss
         self._losses = (self._losses[0] + loss, self._losses[1] + 1)
-        self._step_seconds += time.perf_counter() - began
-        return loss
+        scale = self._loss_scale
+        if scaled:
+            self._rescale(math.isfinite(norm))
+        if not math.isfinite(norm):
+            self._skipped += 1
+            return None
+        clip = min(1.0, config.grad_clip / norm) if norm > 0 else 1.0
+        rate = learning_rate_at(self.step - 1, config)
+        return Update(clip / scale, rate, config.weight_decay, config.beta1, config.beta2)
+
+    def _rescale(self, good: bool) -> None:
+        """The loss scale of fp16: half after an overflow, double after 2,000 good steps (Micikevicius et al. 2018)."""
+        self._good_steps = self._good_steps + 1 if good else 0
+        if not good:
+            self._loss_scale /= 2
+            if self._loss_scale < 1:
+                self._diverge("gradients overflow fp16 at every loss scale down to 1", self.step)
+        elif self._good_steps == 2000:
+            self._loss_scale, self._good_steps = self._loss_scale * 2, 0
+
+    def _after_step(self) -> None:
+        """Evaluate where it is time, and end where it is over."""
+        at_end = self.step == self.config.max_steps
+        if self._status is None and (at_end or self.step % self.config.eval_interval == 0):
+            self._evaluate()
+        if self._status is None and at_end:
+            self._end("finished")
+
+    def _keep(self) -> None:
+        """Save a checkpoint where it is time for one."""
+        if self.checkpoint and 0 < self.config.checkpoint_minutes * 60 < time.perf_counter() - self._saved:
+            self.save()
+            self._saved = time.perf_counter()
 
     def _randomness(self) -> contextlib.AbstractContextManager:
         if self.model.config.dropout == 0:
             return contextlib.nullcontext()
         return _drawing_from(self.device, int(_seed("dropout", self.config.seed, self.step)[0]))
-
-    def _to_device(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        if self.device.type == "cuda":
-            return tuple(t.pin_memory().to(self.device, non_blocking=True) for t in tensors)
-        return tuple(t.to(self.device) for t in tensors)
 
     def _evaluate(self) -> None:
         config = self.config
@@ -442,7 +409,7 @@ class Trainer:
         if config.patience is None and self.step < config.max_steps:
             since_last = config.eval_interval * self._tokens_per_step
             tokens = min(tokens, max(8 * config.seq_len, min(tokens // 4, since_last // 8)))
-        score = evaluate(self.model, self.val_tokens, config.seq_len, tokens, self.token_bytes, config.precision)
+        score = evaluate(self.model, self.val_tokens, config.seq_len, tokens, self.token_bytes, self.arithmetic)
         if not math.isfinite(score["val_loss"]):
             return self._diverge(f"validation loss {score['val_loss']}", self.step)
         total, count = self._losses
@@ -479,6 +446,7 @@ class Trainer:
             self._best_weights = {}
 
     def _result(self) -> TrainResult:
+        self.model.eval()
         last = self.curve[-1] if self.curve else {"train_loss": None, "val_loss": None, "val_bpb": None}
         ended = self._status in ("finished", "early_stopped")
         best = self._best or (last if ended else {"val_loss": None, "step": None})
@@ -508,7 +476,84 @@ class Trainer:
 
 
 # What a checkpoint keeps besides tensors and the loss scale: attributes of the Trainer that are plain values.
-_PROGRESS = ("step", "curve", "_status", "_reason", "_first_loss", "_losses", "_seconds", "_step_seconds", "_best")
+_PROGRESS = (
+    *("step", "curve", "_status", "_reason", "_first_loss", "_losses", "_seconds", "_step_seconds", "_best"),
+    *("_loss_scale", "_good_steps", "_skipped"),
+)
+
+
+def train_together(
+    trainers: list[Trainer], on_end: Callable[[Trainer, TrainResult], None] | None = None
+) -> list[TrainResult]:
+    """Train each to its end, or until it is stopped, and return their results in order.
+
+    More than one must be of one shape (model, batch and arithmetic, which must be ``stacked``); they may differ in all
+    else. Their steps are computed together, and each leaves when it ends; ``on_end`` is called then. Time is shared
+    out evenly among those that were training. Ctrl-C stops all, with checkpoints; a second one interrupts at once.
+    """
+    for trainer in trainers:
+        trainer._status = None if trainer._status == "stopped" else trainer._status
+        trainer._saved = time.perf_counter()
+    active = [trainer for trainer in trainers if trainer._status is None]
+    results: dict[int, TrainResult] = {}
+
+    def leave(trainer: Trainer) -> None:
+        trainer._stop.clear()
+        trainer._stack = None
+        if trainer.checkpoint:
+            trainer.save()
+        results[id(trainer)] = trainer._result()
+        if on_end:
+            on_end(trainer, results[id(trainer)])
+
+    shown = max((t for t in active if t.progress), key=lambda t: t.config.max_steps - t.step, default=None)
+    total, done = (shown.config.max_steps, shown.step) if shown else (0, 0)
+    stack = None
+    with progress_bar(total, done, "training", "step", enabled=shown is not None) as bar, _stop_at_interrupt(active):
+        while True:
+            for trainer in active:
+                if trainer._status is None and trainer._stop.is_set():
+                    trainer._end("stopped", f"stopped on request after step {trainer.step}")
+            if any(trainer._status for trainer in active):
+                for trainer in [t for t in active if t._status]:
+                    leave(trainer)
+                active, stack = [t for t in active if not t._status], None
+            if not active:
+                break
+            stack = stack or Stack([trainer.lane for trainer in active], active[0].arithmetic)
+            began = time.perf_counter()
+            losses = _step_together(active, stack)
+            for trainer in active:
+                trainer._after_step()
+            share = (time.perf_counter() - began) / len(active)
+            for trainer in active:
+                trainer._seconds += share
+                trainer._keep()
+            if shown in active:
+                loss = losses[active.index(shown)]
+                bar.update(shown.step, lambda loss=loss: f"loss {loss:.3f}, {shown._tokens_per_second:,.0f} tokens/s")
+    return [results[id(t)] if id(t) in results else t._result() for t in trainers]
+
+
+def _step_together(trainers: list[Trainer], stack: Stack) -> list[float]:
+    """One step of trainers of one shape: data, forward, backward, clipping, AdamW. Returns the losses before it."""
+    began = time.perf_counter()
+    first = trainers[0]
+    total = gradients = None
+    batches = [trainer._batches() for trainer in trainers]
+    with first._randomness():
+        for micro in zip(*batches, strict=True):
+            inputs, targets = (_to_device(torch.stack(parts), first.device) for parts in zip(*micro, strict=True))
+            losses, parts = stack.gradients(inputs, targets, first._loss_scale / len(batches[0]))
+            total = losses if total is None else total + losses
+            gradients = parts if gradients is None else gradients.add_(parts)
+    numbers = torch.stack([total / len(batches[0]), stack.norms(gradients)]).tolist()  # the one wait for the device
+    updates = [trainer._update(*pair) for trainer, *pair in zip(trainers, *numbers, strict=True)]
+    stack.update(gradients, updates)
+    share = (time.perf_counter() - began) / len(trainers)
+    for trainer in trainers:
+        trainer._step_seconds += share
+    return numbers[0]
 
 
 def _seed(*parts: str | int) -> np.ndarray:
@@ -537,19 +582,26 @@ def _drawing_from(device: torch.device, seed: int) -> Iterator[None]:
         put(before)
 
 
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 @contextlib.contextmanager
-def _stop_at_interrupt(stop: threading.Event) -> Iterator[None]:
-    """Turn the first Ctrl-C into ``stop`` and the second into KeyboardInterrupt, where Ctrl-C has its usual meaning and
-    this is the thread that hears it."""
+def _stop_at_interrupt(trainers: list[Trainer]) -> Iterator[None]:
+    """Turn the first Ctrl-C into a stop of all and the second into KeyboardInterrupt, where Ctrl-C has its usual meaning
+    and this is the thread that hears it."""
+    heard = threading.Event()
     usual = signal.default_int_handler
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not usual:
         yield
         return
 
     def handle(number: int, frame: object) -> None:
-        if stop.is_set():
+        if heard.is_set():
             raise KeyboardInterrupt
-        stop.set()
+        heard.set()
+        for trainer in trainers:
+            trainer.request_stop()
 
     signal.signal(signal.SIGINT, handle)
     try:

@@ -48,7 +48,7 @@ class Recipe:
 
     seq_len: int = 128
     init: str = "scaled"
-    batch_tokens_base: float = 320.0
+    batch_tokens_base: float = 256.0
     warmup_share: float = 0.1
     lr_base: float = 0.012
     lr_exponent: float = 0.6

@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from matplotlib import ticker
+from matplotlib import patheffects, ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from tinylm.study.scaling import Fit, best_learning_rate
+from tinylm.errors import LabError
+from tinylm.study.planner import RepeatedText
+from tinylm.study.scaling import COEFFICIENTS, Fit, best_learning_rate
 from tinylm.words import quantity
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -28,8 +30,12 @@ GREY = "#666666"
 LOSS = "validation loss (nats/token)"
 PARAMS = "parameters N"
 TOKENS = "training tokens D"
+UNIQUE = "distinct tokens U"
 FLOPS = "training compute C (FLOPs)"
 RATE = "learning rate"
+# Parameters of a law as an axis names them; exponents have no unit.
+NAMES = {"alpha": r"$\alpha$", "beta": r"$\beta$", "E": "E (nats/token)"}
+NAMES |= {"R_D": "$R_D^*$ (repeats)", "R_N": "$R_N^*$ (repeats)"}
 _RC = {
     "figure.dpi": 100,
     "savefig.dpi": 150,
@@ -112,6 +118,14 @@ def power_of_ten(value: float, _position: object = None) -> str:
 
 def _plain(value: float, _position: object = None) -> str:
     return f"{value:.4g}"
+
+
+def _signed(percent: float) -> str:
+    return f"{percent:+.2f} %".replace("-", "\N{MINUS SIGN}")
+
+
+def _plain_or_power(value: float, _position: object = None) -> str:
+    return _plain(value) if 1e-3 <= value < 1e4 else power_of_ten(value)
 
 
 def _log(ax: Axes, axis: str, label: str, written: Callable | None = None) -> None:
@@ -252,40 +266,76 @@ def surface(
     params: str = "params_total",
     tokens: str = "tokens_seen",
 ) -> Axes:
-    """Contours of L(N, D) with the runs, the compute-optimal frontier (under C = 6 N D, with its bootstrap band) and
-    the planned run, if any: a Plan, or an (N, D) pair."""
+    """Contours of L(N, D) with the runs and the compute-optimal frontier (under C = 6 N D, with its bootstrap band);
+    dashed beyond the most compute of any run. planned: an (N, D) pair, or a Plan, which also shows what other sizes its
+    budget buys, and where the text ends: above, the contours are those of repeated text (the frontier is not)."""
     ax = _axes(ax, (6.8, 4.8))
     N, D = (runs[params], runs[tokens]) if runs is not None else (fit.data["params"], fit.data["tokens"])
     N, D = np.asarray(N, float), np.asarray(D, float)
-    if planned is not None:
-        planned = (planned.params, planned.tokens) if hasattr(planned, "params") else tuple(planned)
+    star = (planned.params, planned.tokens) if hasattr(planned, "params") else planned
     reach = [
-        (v.min(), v.max() if planned is None else max(v.max(), p))
-        for v, p in zip((N, D), planned or (0, 0), strict=True)
+        (v.min(), v.max() if star is None else max(v.max(), p)) for v, p in zip((N, D), star or (0, 0), strict=True)
     ]
-    grids = [np.geomspace(low / 1.5, high * 1.7, 80) for low, high in reach]
+    grids = [np.geomspace(low / 1.5, high * 1.7, 120) for low, high in reach]
     n, d = np.meshgrid(*grids)
-    L = fit.predict(n, d)["loss"].to_numpy().reshape(n.shape)
-    levels = ticker.MaxNLocator(11, steps=[1, 2, 2.5, 5, 10]).tick_values(L.min(), np.quantile(L, 0.97))
+    law, whole = RepeatedText(fit), np.inf
+    if getattr(planned, "epochs", None):
+        whole = planned.tokens / planned.epochs
+        law = RepeatedText(fit, whole, planned.repetition)
+    L = law.loss(n, d)
+    levels = ticker.MaxNLocator(14, steps=[1, 2, 2.5, 5, 10]).tick_values(L.min(), np.quantile(L, 0.97))
+    levels = levels[(levels > L.min()) & (levels < L.max())]
     dark = mpl.colormaps["viridis"](np.linspace(0.78, 0, len(levels)))  # its pale end would be lost on paper
-    lines = ax.contour(n, d, L, levels=levels, colors=dark, linewidths=1.1)
-    ax.clabel(lines, fontsize=8, fmt="%.4g")
+    inside = np.where(n * d <= (N * D).max(), L, np.nan)
+    for heights, dashes in ((L, "--"), (inside, "-")):
+        ax.contour(n, d, heights, levels=levels, colors=dark, linewidths=1.1, linestyles=dashes)
+    for level, colour, (x, y) in zip(levels, dark, _on_contours(n, d, L, levels), strict=True):
+        ax.annotate(
+            f"{level:.4g}", (x, y), color=colour, fontsize=8, ha="center", va="center", zorder=2.5,
+            path_effects=[patheffects.withStroke(linewidth=3, foreground="white")],
+        )  # fmt: skip
     flops = np.geomspace(6 * reach[0][0] * reach[1][0] / 4, 6 * reach[0][1] * reach[1][1] * 4, 60)
     best = fit.optimal(flops)
-    ax.plot(best["params"], best["tokens"], color="black", linestyle="--", label="best for its compute (6ND)")
+    ax.plot(best["params"], best["tokens"], color="black", linewidth=1.4, label="best for its compute (6ND)")
     if "params_low" in best:  # each end of the interval lies on its own line of equal compute
         ends = pd.concat([best["params_low"], best["params_high"][::-1]]).to_numpy()
         ax.fill(ends, np.concatenate([flops, flops[::-1]]) / 6 / ends, color="black", alpha=0.1, linewidth=0)
     ax.plot(N, D, "o", color=COLOURS[0], markersize=4.5, markeredgecolor="white", markeredgewidth=0.5, label="runs")
-    if planned is not None:
-        ax.plot(*planned, "*", color=COLOURS[1], markersize=17, markeredgecolor="black", zorder=5, label="planned run")
+    if hasattr(planned, "options"):
+        same = planned.options
+        ax.plot(same["params_total"], same["tokens"], ":", color=COLOURS[1], linewidth=2, label="same budget")
+        if grids[1][0] < whole < grids[1][-1]:
+            ax.axhline(whole, color=GREY, linewidth=1)
+            ax.annotate(
+                "the text ends; repeated above", (0.01, whole), (0, -3), xycoords=ax.get_yaxis_transform(), va="top",
+                textcoords="offset points", color=GREY, fontsize=8,
+                path_effects=[patheffects.withStroke(linewidth=3, foreground="white")],
+            )  # fmt: skip
+    if star is not None:
+        ax.plot(*star, "*", color=COLOURS[1], markersize=17, markeredgecolor="black", zorder=5, label="planned run")
     _log(ax, "x", PARAMS)
     _log(ax, "y", TOKENS)
     ax.set_xlim(grids[0][0], grids[0][-1])
     ax.set_ylim(grids[1][0], grids[1][-1])
     ax.set_title(f"contours: {LOSS}")
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, columnspacing=1.4, handlelength=1.6)
     return ax
+
+
+def _on_contours(n: np.ndarray, d: np.ndarray, L: np.ndarray, levels: np.ndarray) -> list[tuple[float, float]]:
+    """A place for the label of each level of a surface that falls in both directions: near the right edge where the
+    contour reaches it, else near the lower one."""
+    right, lower = int(0.93 * n.shape[1]), int(0.06 * n.shape[0])
+    places = []
+    for level in levels:
+        column, row = L[:, right], L[lower]
+        if column.min() < level < column[lower]:
+            places.append((n[0, right], float(np.exp(np.interp(-level, -column, np.log(d[:, right]))))))
+        elif row.min() < level < row.max():
+            places.append((float(np.exp(np.interp(-level, -row, np.log(n[lower])))), d[lower, 0]))
+        else:
+            places.append((np.nan, np.nan))
+    return places
 
 
 @_styled
@@ -362,20 +412,196 @@ def contrasts(table: pd.DataFrame, ax: Axes | None = None, by: str = "variant") 
 
 
 @_styled
-def residuals(fit: Fit, ax: object = None) -> object:
+def residuals(fit: Fit, ax: object = None, seed_sd: float | None = None) -> object:
     """What the fit leaves over, in percent of the loss, against each of its inputs (a panel each; a single Axes takes
-    the first): a trend or a funnel here is a law that does not hold. Returns ``ax``, or the list of new axes."""
-    names = [name for name in ("params", "tokens", "x") if name in fit.data]
+    the first): a trend or a funnel here is a law that does not hold. A bar is the mean of the runs of one size (or of
+    one length). seed_sd: the spread between seeds in nats, shown as the band that 95 % of them should keep to. Returns
+    ``ax``, or the list of new axes."""
+    names = [name for name in ("params", "tokens", "unique", "x") if name in fit.data]
     panels = _panels(ax, len(names), (3.8, 3.2))
     left = 100 * np.expm1(fit.data["residual"].to_numpy(float))
+    most = 1.15 * np.abs(left).max() or 1.0
     for panel, name in zip(panels, names, strict=False):
+        x = fit.data[name].to_numpy(float)
+        if seed_sd:
+            band = 196 * seed_sd / fit.data["observed"].mean()
+            panel.axhspan(-band, band, color=GREY, alpha=0.13, linewidth=0)
+            most = max(most, 1.25 * band)
+            if panel is panels[0]:
+                panel.annotate("95 % of seeds", (0.02, band), (0, 2), xycoords=panel.get_yaxis_transform(),
+                               textcoords="offset points", color=GREY, fontsize=8)  # fmt: skip
         panel.axhline(0, color=GREY, linewidth=1)
-        panel.plot(fit.data[name], left, "o", color=COLOURS[0], alpha=0.8)
-        _log(panel, "x", {"params": PARAMS, "tokens": TOKENS}.get(name, name))
-        most = 1.15 * np.abs(left).max() or 1.0
+        panel.plot(x, left, "o", color=COLOURS[0], alpha=0.7, markersize=5)
+        groups = pd.Series(left).groupby(np.round(np.log(x), 2))
+        for at, mean in groups.mean()[groups.size() > 1].items():
+            panel.plot(np.exp([at - 0.09, at + 0.09]), [mean, mean], color=COLOURS[1], linewidth=2.5)
+        _log(panel, "x", {"params": PARAMS, "tokens": TOKENS, "unique": UNIQUE}.get(name, name))
         panel.set_ylim(-most, most)
     panels[0].set_ylabel("observed above predicted (%)")
     return panels if ax is None else ax
+
+
+@_styled
+def clouds(fit: Fit, ax: object = None, pairs: Sequence[tuple[str, str]] | None = None) -> object:
+    """Bootstrap resamples of pairs of parameters, a panel each: the estimate (star), its 95 % intervals (bars at the
+    rims), and how strongly the two hang together (r, of logs where the axis is logarithmic). Coefficients (A, B, k) are
+    drawn on log axes. In alpha against beta a line joins the pairs that give the same exponent of N_opt. A single Axes
+    takes the first pair. Returns ``ax``, or the list of new axes."""
+    if not len(fit.samples):
+        raise LabError("A cloud needs a bootstrap", "a fit without resamples", "fit with bootstrap=1000")
+    usual = (("R_D", "R_N"), ("alpha", "beta"), ("E", "alpha"), ("E", "beta"), ("A", "alpha"), ("k", "a"))
+    pairs = list(pairs or [pair for pair in usual if set(pair) <= set(fit.params)][:3])
+    panels = _panels(ax, len(pairs), (3.3, 3.2))
+    for panel, pair in zip(panels, pairs, strict=False):
+        draws = fit.samples[list(pair)].to_numpy(float)
+        logs = [name in COEFFICIENTS for name in pair]
+        told = np.where(logs, np.log(np.abs(draws) + 1e-300), draws)
+        r = np.corrcoef(told.T)[0, 1] if (told.std(axis=0) > 0).all() else np.nan
+        panel.plot(*draws.T, "o", color=COLOURS[0], markersize=2.6, alpha=0.3, markeredgewidth=0)
+        # A handful of wild resamples would squeeze the rest into a corner.
+        ends = np.quantile(told, [0.005, 0.995], axis=0)
+        wide = 0.12 * (ends[1] - ends[0]) + 1e-12
+        low, high = ends[0] - wide, ends[1] + wide
+        for axis, name, log, a, b in zip("xy", pair, logs, low, high, strict=True):
+            span = np.array(fit.intervals.get(name, (np.nan, np.nan)), float)
+            span = np.log(span) if log else span
+            a, b = np.nanmin([a, span[0] - 0.04 * (b - a)]), np.nanmax([b, span[1] + 0.04 * (b - a)])
+            if log:
+                _log(panel, axis, NAMES.get(name, name), _plain_or_power)
+                a, b = np.exp(a), np.exp(b)
+            else:
+                getattr(panel, f"set_{axis}label")(NAMES.get(name, name))
+                getattr(panel, f"{axis}axis").set_major_locator(ticker.MaxNLocator(5))
+            getattr(panel, f"set_{axis}lim")(a, b)
+        if pair == ("alpha", "beta"):
+            slope = fit.params["beta"] / fit.params["alpha"]
+            panel.axline((0, 0), slope=slope, color=GREY, linewidth=1, linestyle=":")
+        rims = (panel.get_xaxis_transform(), panel.get_yaxis_transform())  # data along the axis, on its spine across
+        for name, rim, flip in zip(pair, rims, (1, -1), strict=True):
+            span = fit.intervals.get(name, (np.nan, np.nan))
+            if np.isfinite(span).all():
+                panel.plot(
+                    *(span, (0, 0))[::flip], color=COLOURS[1], linewidth=4, solid_capstyle="butt", clip_on=False,
+                    zorder=4, transform=rim,
+                )  # fmt: skip
+        panel.plot(
+            *(fit.params[name] for name in pair), "*", color=COLOURS[1], markersize=13, markeredgecolor="black",
+            markeredgewidth=0.7, zorder=5,
+        )  # fmt: skip
+        if np.isfinite(r):
+            panel.set_title(f"r = {r:+.2f}".replace("-", "\N{MINUS SIGN}"), fontsize=9)
+    return panels if ax is None else ax
+
+
+@_styled
+def profiles(table: pd.DataFrame, ax: object = None, threshold: float | None = None) -> object:
+    """Profile curves, a panel a parameter: how much the objective rises when a parameter is held and all others are
+    fitted again. Where the curve stays below ``threshold`` the data allow the value; a curve that never rises above it
+    is a parameter that the data do not fix.
+
+    table: one row a point, with columns parameter, value, and either delta (above the least) or objective. threshold: by
+    default the table's own column of that name. A single Axes takes the first parameter. Returns ``ax``, or the list of
+    new axes."""
+    names = list(dict.fromkeys(table["parameter"]))
+    panels = _panels(ax, len(names), (2.9, 2.9))
+    for panel, name in zip(panels, names, strict=False):
+        rows = table[table["parameter"] == name].sort_values("value")
+        value = rows["value"].to_numpy(float)
+        rise = (rows["delta"] if "delta" in rows else rows["objective"] - rows["objective"].min()).to_numpy(float)
+        limit = float(rows["threshold"].iloc[0]) if threshold is None and "threshold" in rows else threshold
+        best = int(np.argmin(rise))
+        if limit is not None:
+            rise = rise / limit
+            panel.set_ylim(0, min(4.0, max(1.3, 1.05 * rise.max())))
+            panel.axhline(1, color=GREY, linewidth=1, linestyle="--")
+            fine = np.interp(np.linspace(0, len(value) - 1, 1000), np.arange(len(value)), value)
+            height = np.interp(fine, value, rise)
+            panel.fill_between(fine, 0, height, where=height <= 1, color=COLOURS[0], alpha=0.15, linewidth=0)
+            ends = (rise[0] <= 1, rise[-1] <= 1)
+            said = {
+                (True, True): "no limit either way",
+                (True, False): "no lower limit",
+                (False, True): "no upper limit",
+            }
+            panel.set_title(said.get(ends, ""), fontsize=9, color=COLOURS[1])
+        else:
+            panel.set_ylim(0, 1.05 * rise.max() or 1.0)
+            panel.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
+        panel.plot(value, rise, color=COLOURS[0])
+        panel.plot(
+            value[best], rise[best], "*", color=COLOURS[1], markersize=12, markeredgecolor="black", markeredgewidth=0.7,
+            zorder=5, clip_on=False,
+        )  # fmt: skip
+        panel.yaxis.set_major_locator(ticker.MaxNLocator(5))
+        if name in COEFFICIENTS:
+            _log(panel, "x", NAMES.get(name, name), _plain_or_power)
+        else:
+            panel.set_xlabel(NAMES.get(name, name))
+            panel.xaxis.set_major_locator(ticker.MaxNLocator(4))
+    panels[0].set_ylabel("objective above its least" + ("" if limit is None else "\nin units of its 95 % limit"))
+    return panels if ax is None else ax
+
+
+@_styled
+def leave_out(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Signed errors of predicting what a fit was not shown: a line a group left out (one size, one budget, the largest
+    runs), a dot a run, a bar their mean. Right of zero the runs came out above their prediction.
+
+    table: one row a run, with columns left_out (a number or words) and error_percent."""
+    groups = list(table.groupby("left_out", sort=False))
+    ax = _axes(ax, (6.8, 1.1 + 0.34 * max(1, len(groups))))
+    ax.axvline(0, color=GREY, linewidth=1)
+    for i, (_, group) in enumerate(groups):
+        errors = group["error_percent"].to_numpy(float)
+        ax.plot(errors, np.full(len(errors), i), "o", color=COLOURS[0], alpha=0.6, markersize=5)
+        ax.plot([errors.mean()] * 2, [i - 0.3, i + 0.3], color=COLOURS[1], linewidth=2.5)
+        ax.annotate(
+            _signed(errors.mean()), (1.01, i), xycoords=("axes fraction", "data"), va="center", fontsize=9,
+            annotation_clip=False,
+        )  # fmt: skip
+    ax.set_yticks(range(len(groups)), [name if isinstance(name, str) else quantity(name) for name, _ in groups])
+    ax.set_ylim(len(groups) - 0.4, -0.6)
+    most = 1.12 * table["error_percent"].abs().max() or 1.0
+    ax.set_xlim(-most, most)
+    ax.grid(axis="y", visible=False)
+    ax.set_ylabel("left out")
+    ax.set_xlabel("observed above predicted (%)")
+    return ax
+
+
+@_styled
+def repetition(
+    frame: pd.DataFrame,
+    predict: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray] | None = None,
+    ax: Axes | None = None,
+    unique: str = "unique_tokens",
+    epochs: str = "epochs",
+    params: str = "params_total",
+    loss: str = "val_loss",
+) -> Axes:
+    """Loss against the number of epochs, a line an amount of distinct tokens: what reading a text again brings. frame: one
+    row a run that ended at its epochs. predict: a law's loss from arrays of parameters, tokens of training and distinct
+    tokens, drawn as thin lines."""
+    ax = _axes(ax)
+    groups = list(frame.dropna(subset=[loss]).groupby(unique))
+    for i, (amount, group) in enumerate(groups):
+        colour = _colour(i, len(groups))
+        best = group.loc[group.groupby(epochs)[loss].idxmin()].sort_values(epochs)
+        ax.plot(best[epochs], best[loss], _marker(i), color=colour, label=quantity(amount))
+        x = np.geomspace(best[epochs].min(), best[epochs].max(), 60)
+        if predict is None:
+            ax.plot(best[epochs], best[loss], color=colour)
+        else:
+            size = np.exp(np.interp(np.log(x), np.log(best[epochs]), np.log(best[params].to_numpy(float))))
+            ax.plot(x, predict(size, x * amount, np.full(len(x), float(amount))), color=colour, linewidth=1.2)
+    _log(ax, "x", "epochs", _plain)
+    tried = np.unique(frame[epochs])
+    if len(tried) <= 8:
+        ax.xaxis.set_major_locator(ticker.FixedLocator(tried))
+        ax.xaxis.set_minor_locator(ticker.NullLocator())
+    ax.set_ylabel(LOSS)
+    _legend_beside(ax, "distinct tokens")
+    return ax
 
 
 @_styled
@@ -396,7 +622,9 @@ def forecast(forecasts: pd.DataFrame, ax: Axes | None = None) -> Axes:
                 markersize=7,
                 zorder=3,
             )
-        words = f"{row.error_percent:+.2f} %" if row.scored else "not yet scored"
+        words = "not yet scored"
+        if row.scored:
+            words = _signed(row.error_percent) if np.isfinite(row.observed) else "its run diverged"
         ax.annotate(
             words, (1.01, i), xycoords=("axes fraction", "data"), va="center", fontsize=9, annotation_clip=False
         )
@@ -412,6 +640,55 @@ def forecast(forecasts: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ]
     ax.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
     return ax
+
+
+@_styled
+def calibration(table: pd.DataFrame, ax: object = None) -> object:
+    """All forecasts ever scored (``forecasts.calibration(...).table``): the loss observed against the loss forecast with
+    its 95 % interval, and beside it each error in standard deviations of its own interval, in the order they were
+    sealed, against the 1.96 that 95 % of honest ones keep to. Misses are crosses, diverged runs crosses at the rim. A
+    single Axes takes the first panel. Returns ``ax``, or the list of new axes."""
+    scored = table[table["scored"].astype(bool)].reset_index(drop=True)
+    panels = _panels(ax, 2, (3.9, 3.7))
+    seen = scored[scored["observed"].notna()]
+    panel = panels[0]
+    panel.axline((1, 1), slope=1, color=GREY, linewidth=1)
+    panel.vlines(seen["loss"], seen["low"], seen["high"], color=COLOURS[0], linewidth=5, alpha=0.3)
+    panel.plot(seen["loss"], seen["loss"], "_", color=COLOURS[0], markersize=9, markeredgewidth=1.6)
+    hits, missed = (seen[seen["inside"].astype(bool) == kept] for kept in (True, False))
+    panel.plot(hits["loss"], hits["observed"], "o", color=COLOURS[2], zorder=3)
+    panel.plot(missed["loss"], missed["observed"], "X", color=COLOURS[1], markersize=7, zorder=3)
+    if len(seen):
+        ends = seen[["low", "high", "observed", "loss"]]
+        low, high = ends.min().min(), ends.max().max()
+        edge = 0.06 * (high - low)
+        panel.set_xlim(low - edge, high + edge)
+        panel.set_ylim(low - edge, high + edge)
+    panel.set_xlabel("forecast (nats/token)")
+    panel.set_ylabel("observed (nats/token)")
+    handles = [
+        Line2D([], [], color=COLOURS[0], marker="_", markersize=9, linewidth=5, alpha=0.4, label="forecast, 95 %"),
+        Line2D([], [], color=COLOURS[2], marker="o", linestyle="none", label="inside"),
+        Line2D([], [], color=COLOURS[1], marker="X", linestyle="none", label="missed"),
+    ]
+    place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 3}
+    panel.legend(handles=handles, handlelength=1.2, columnspacing=1.2, **place)
+    for panel in panels[1:2]:
+        z = scored["standardised"].to_numpy(float)
+        rim = 1.1 * max(3.0, np.nanmax(np.abs(z[np.isfinite(z)]), initial=0.0))
+        place = np.arange(1, len(z) + 1)
+        inside = scored["inside"].astype(bool).to_numpy()
+        panel.axhspan(-1.96, 1.96, color=COLOURS[0], alpha=0.15, linewidth=0)
+        panel.axhline(0, color=GREY, linewidth=1)
+        height = np.where(np.isfinite(z), np.clip(z, -rim, rim), 0.96 * rim)
+        panel.plot(place[inside], height[inside], "o", color=COLOURS[2])
+        panel.plot(place[~inside], height[~inside], "X", color=COLOURS[1], markersize=7)
+        panel.set_ylim(-rim, rim)
+        panel.set_xlim(0.4, max(2, len(z)) + 0.6)
+        panel.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
+        panel.set_xlabel("forecast, in the order sealed")
+        panel.set_ylabel("error (standard deviations)")
+    return panels if ax is None else ax
 
 
 @_styled

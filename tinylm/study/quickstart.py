@@ -8,6 +8,7 @@ text when a model may read it more than once.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -250,11 +251,16 @@ class Study:
         self.report.section("A forecast, sealed and scored")
         said = f"the loss of {what} was forecast: **{loss:.3f} nats, 95 % interval {interval(low, high)}**"
         try:
-            observed = {"loss": record.val_loss, "time": record.started, "run_id": record.run_id}
-            score = forecasts.score(folder, sealed, observed)
-        except LabError as error:  # it diverged, or its seal was lost and made anew after the run
+            diverged = record.status == "diverged"
+            observed = {"loss": None if diverged else record.val_loss, "status": record.status}
+            score = forecasts.score(folder, sealed, {**observed, "time": record.started, "run_id": record.run_id})
+        except LabError as error:  # its seal was lost and made anew after the run
             self.report.text(f"Before its run, {said}. It could not be scored ({record.status}). {error}")
             self.findings.append("The sealed forecast could not be scored.")
+            return
+        if diverged:
+            self.report.text(f"Before it was trained, {said}. The run diverged ({record.reason}): a miss.")
+            self.findings.append("The run behind the sealed forecast diverged: a miss.")
             return
         error, kept = score["error_percent"], score["inside"]
         where = os.path.relpath(sealed, self.folder)
@@ -317,7 +323,7 @@ class Study:
             "val_bpb",
         ]
         files.write_whole(self.folder / "tables" / "runs.csv", runs[columns].to_csv(index=False, float_format="%.10g"))
-        arithmetic = (Folder(self.folder).shared("arithmetic") or {}).get("stack", {})
+        arithmetic = (Folder(self.folder).shared("arithmetic") or {}).get("machine", {})
         self.report.section("How this was made")
         self.report.text(
             f"{len(runs)} runs, {runs.flops.sum():.2g} FLOPs, {duration(runs.seconds.sum())} of work for one core, "
@@ -500,7 +506,9 @@ class ComputeStudy(Study):
     def forecast(self) -> None:
         """What the planner expects of a budget beyond all that was fitted."""
         largest = self.largest
-        plan = self._plan(budget_flops=1.02 * self.preset.beyond * largest)  # whole steps must not fall short of it
+        plan = self.evidence.plan(
+            self.recipe, flops=1.02 * self.preset.beyond * largest
+        )  # whole steps must not fall short of it
         shape = next(shape for shape in LADDER if shape[:2] == (plan.hidden_size, plan.num_layers))
         run = self.runs_at(Point(shape, plan.tokens, "forecast"), [self.rule_rate(shape, plan.tokens)])[0]
         rate = run.train.learning_rate
@@ -512,29 +520,30 @@ class ComputeStudy(Study):
             f"learning rate {rate:g})",
         )  # fmt: skip
 
-    def _plan(self, **budget) -> planner.Plan:
-        return planner.plan(
-            self.surface, self.lr_rule, rung_sizes(self.recipe, self.settings.vocab_size),
-            batch_rule=self.recipe.batch_size, seq_len=self.recipe.seq_len, seed_sd=self.seed_sd,
-            largest_flops_fitted=self.largest, tokens_available=self.corpus["tokens"]["train"],
-            frontier=self.iso_laws.get("L_min"), **budget,
+    @functools.cached_property
+    def evidence(self) -> planner.Evidence:
+        return planner.Evidence(
+            self.surface, self.lr_rule, rung_sizes(self.recipe, self.settings.vocab_size), self.seed_sd, self.largest,
+            self.corpus["tokens"]["train"], self.iso_laws.get("L_min"),
         )  # fmt: skip
 
     def machine_speed(self) -> planner.Speed:
         """How fast this machine trains when idle, with all its cores; measured once for a results folder."""
         path = self.folder / "speed.json"
         if path.exists():
-            known = json.loads(path.read_text())
-            return planner.Speed(tuple(known["params"]), tuple(known["flops_per_second"]), known["threads"])
-        models = [self.model(LADDER[i]) for i in (2, 6, 9, 12)]
-        speed = planner.measure_speed(models, seconds_each=1.5, threads=os.cpu_count(), batch_size=16)
+            return planner.Speed(**json.loads(path.read_text()))
+        plain = TrainConfig(precision="fp32", compile=False) if self.settings.preset == "smoke" else None
+        seconds = [60 * minutes for minutes in self.settings.minutes]
+        speed = self.evidence.speed_for(self.recipe, seconds, threads=os.cpu_count(), train=plain)
         files.write_whole(path, json.dumps(dataclasses.asdict(speed)) + "\n")
         return speed
 
     def plan_next(self) -> None:
         """What to train next with the minutes that a person has, on this machine with all its cores."""
         speed = self.machine_speed()
-        plans = [self._plan(budget_seconds=60 * minutes, speed=speed) for minutes in self.settings.minutes]
+        plans = [
+            self.evidence.plan(self.recipe, seconds=60 * minutes, speed=speed) for minutes in self.settings.minutes
+        ]
         rows = [
             {
                 "minutes": minutes,
@@ -579,16 +588,7 @@ class ComputeStudy(Study):
             f"{first.loss:.3f} ({interval(first.low, first.high)}), with {first.reach:.0f} times the compute of the "
             "largest run fitted."
         )
-        frontier = self.iso_laws.get("L_min")
-        law = {
-            "surface": {**self.surface.to_dict(), "samples": self.surface.samples.to_dict("list")},
-            "frontier": frontier and {**frontier.to_dict(), "samples": frontier.samples.to_dict("list")},
-            "lr_rule": dataclasses.asdict(self.lr_rule),
-            "ladder": rung_sizes(self.recipe, self.settings.vocab_size).to_dict("records"),
-            "seed_sd": self.seed_sd,
-            "largest_flops": self.largest,
-            "tokens_available": self.corpus["tokens"]["train"],
-        }
+        law = self.evidence.to_dict()
         files.write_whole(self.folder / "tables" / "law.json", json.dumps(law) + "\n")
 
     def end(self) -> None:

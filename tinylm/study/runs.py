@@ -43,7 +43,7 @@ except ImportError:  # Windows has no flock: two sweeps in one folder may then t
 SCHEMA = 1
 RESULTS = ("finished", "early_stopped", "diverged")  # statuses that are never trained again; "failed" is
 NO_NUMBER = ("device", "threads", "compile", "precision", "checkpoint_minutes")  # of TrainConfig; see identity()
-ASKED = ("device", "precision", "compile", "threads")  # what the resolved arithmetic depends on, besides the machine
+ASKED = ("device", "precision", "compile", "threads")  # what a run asks of the arithmetic
 
 NUMBERS = (
     *("params_total", "params_non_embedding", "params_embedding", "params_head", "flops", "flops_6nd", "steps"),
@@ -281,7 +281,7 @@ class Task:
 class Folder:
     """A results folder: where its files are, and what its runs share.
 
-    The first run trained in a folder settles its machine (``stack``: torch, processor, platform). A run that is asked
+    The first run trained in a folder settles its machine (torch, processor, platform). A run that is asked
     for later is looked up under the arithmetic and the corpus noted here, so that finding it needs neither that machine
     nor the text; to train something more, both must still be what they were.
     """
@@ -315,7 +315,7 @@ class Folder:
             return {"corpora": corpora}
         shared: dict = {}
         for record in records:
-            asked = {name: record["train"][name] for name in ASKED}
+            asked = _asked(ModelConfig.from_dict(record["model"]), TrainConfig.from_dict(record["train"]))
             shared = self._with_arithmetic(shared, asked, record["arithmetic"], record["numerics_revision"])
         return shared
 
@@ -326,7 +326,7 @@ class Folder:
     def task(self, run: Run, home: str | None = None, keep_model: bool = False) -> Task | None:
         """The run as this folder identifies it; None where its arithmetic or its corpus has not been settled here."""
         shared = self.shared("arithmetic")
-        known = _find((shared or {}).get("resolved", []), _asked(run.train))
+        known = _find((shared or {}).get("resolved", []), _asked(run.model, run.train))
         corpus = self.corpus(run)
         if known is None or corpus is None:
             return None
@@ -351,7 +351,7 @@ class Folder:
         numerics revision, TextError where a text is not what it was when the folder's runs were trained on it, or is
         too short for a run.
         """
-        from tinylm.backend import NUMERICS_REVISION, resolve
+        from tinylm.backend import NUMERICS_REVISION, machine, resolve
         from tinylm.train import TextDataset
 
         for run, corpus in runs:  # too short a text, or too many unique_tokens, is told before any work
@@ -366,8 +366,11 @@ class Folder:
             corpora = dict(self.shared("corpora") or {"corpora": []})
             before = files.canonical_json([arithmetic, corpora])
             for run, corpus in runs:
-                here = _plain(resolve(run.train))
-                arithmetic = self._with_arithmetic(arithmetic, _asked(run.train), here, NUMERICS_REVISION)
+                asked = _asked(run.model, run.train)
+                known = _find(arithmetic.get("resolved", []), asked)  # what was picked once for a folder stays
+                here = {**known["arithmetic"], "machine": machine(run.train.device)} if known else None
+                here = here or resolve(run.train, run.model, in_stacks=True)
+                arithmetic = self._with_arithmetic(arithmetic, asked, _plain(here), NUMERICS_REVISION)
                 corpora = self._with_corpus(corpora, run, corpus)
             if files.canonical_json([arithmetic, corpora]) != before:
                 for kind, content in (("arithmetic", arithmetic), ("corpora", corpora)):
@@ -375,11 +378,11 @@ class Folder:
                     self._shared[kind] = _write_checked(self.path / f"{kind}.json", kind, kept)
 
     def _with_arithmetic(self, shared: dict, asked: dict, here: dict, revision: int) -> dict:
-        shared = shared or {"numerics_revision": revision, "stack": {}, "resolved": []}
+        shared = shared or {"numerics_revision": revision, "machine": {}, "resolved": []}
         known = _find(shared["resolved"], asked)
         differ = _differences({"numerics revision": shared["numerics_revision"]}, {"numerics revision": revision})
-        differ += _differences(shared["stack"], here["stack"])
-        differ += _differences(known["arithmetic"] if known else {}, {**here, "stack": None})
+        differ += _differences(shared["machine"], here["machine"])
+        differ += _differences(known["arithmetic"] if known else {}, {**here, "machine": None})
         if differ:
             raise LabError(
                 "All runs of one results folder are computed by one arithmetic, so that they can be compared",
@@ -389,8 +392,8 @@ class Folder:
         if known:
             return shared
         entry = {"asked": asked, "arithmetic": here}
-        # A run on a GPU names it in its stack beside torch and processor; one on the CPU does not.
-        return {**shared, "stack": {**shared["stack"], **here["stack"]}, "resolved": [*shared["resolved"], entry]}
+        # A run on a GPU names it beside torch and processor; one on the CPU does not.
+        return {**shared, "machine": {**shared["machine"], **here["machine"]}, "resolved": [*shared["resolved"], entry]}
 
     def _with_corpus(self, shared: dict, run: Run, corpus: typing.Any) -> dict:
         here = {"asked": run.corpus_key, **about_corpus(corpus)}
@@ -491,8 +494,11 @@ def _differences(there: dict, here: dict) -> list[str]:
     return [f"{name} is {there[name]} there, {here[name]} here" for name in both if there[name] != here[name]]
 
 
-def _asked(train: TrainConfig) -> dict:
-    return {name: getattr(train, name) for name in ASKED}
+def _asked(model: ModelConfig, train: TrainConfig) -> dict:
+    """What the resolved arithmetic of a run depends on, besides the machine."""
+    from tinylm.backend import picks
+
+    return {**{name: getattr(train, name) for name in ASKED}, **picks(model, train)}
 
 
 def _find(entries: list[dict], asked: dict) -> dict | None:
@@ -591,7 +597,7 @@ def train_run(
         folder.check_own_text(run)
         return record
     folder.admit([(run, prepare_corpus(run, progress))])
-    record = perform(folder.task(run, home, keep_model), progress)
+    (record,) = perform([folder.task(run, home, keep_model)], progress)
     if record["status"] == "stopped" and not _stop.is_set():  # the Trainer took a Ctrl-C to write a last checkpoint
         raise KeyboardInterrupt
     return record
@@ -602,56 +608,102 @@ def _use_home(home: str | None) -> None:
         os.environ["TINYLM_HOME"] = home
 
 
-def perform(task: Task, progress: bool = False) -> dict:
-    """Train a task's run in this process and write its record (see ``train_run``); what workers are sent.
+def perform(tasks: list[Task], progress: bool = False) -> list[dict]:
+    """Train tasks of one stack (see ``stack_key``) in this process, together, and write each record when its run ends;
+    what workers are sent. Returns the records in order (see ``train_run``).
 
-    Where another process trains the same run in the same folder, wait and return its record. A run that was asked to
-    stop gives a record of status ``stopped``, which is not written.
+    Where another process trains one of the runs in the same folder, wait and take its record. A run that was asked to
+    stop gives a record of status ``stopped``, which is not written. Where the stack fails as a whole, each run is tried
+    alone, so that it fails for a reason of its own.
     """
-    _use_home(task.home)
-    folder = Folder(task.results_dir)
-    with folder.locked(task.run_id), _one_at_a_time:
-        if record := folder.result(task.run_id):
-            return record
-        started = _now()
-        if _stop.is_set():
-            return _record(task, {"status": "stopped", "reason": "asked to stop before it began"}, started)
-        from tinylm import backend
+    _use_home(tasks[0].home)
+    folder = Folder(tasks[0].results_dir)
+    with contextlib.ExitStack() as locks:
+        for run_id in sorted(task.run_id for task in tasks):
+            locks.enter_context(folder.locked(run_id))
+        locks.enter_context(_one_at_a_time)
+        records = {task.run_id: record for task in tasks if (record := folder.result(task.run_id))}
+        todo = [task for task in tasks if task.run_id not in records]
+        if todo and _stop.is_set():
+            reason = "asked to stop before it began"
+            records |= {task.run_id: _record(task, {"status": "stopped", "reason": reason}, _now()) for task in todo}
+        elif todo:
+            _check_machine(todo[0])
+            try:
+                records |= _train(todo, folder, progress)
+            except (LabError, OSError):  # where locks do not hold: another was faster, and tidied up
+                if not all(folder.result(task.run_id) for task in todo):
+                    raise
+                records |= {task.run_id: folder.result(task.run_id) for task in todo}
+            except Exception as error:
+                if len(todo) == 1:
+                    records[todo[0].run_id] = record = failed_record(todo[0], _told(error))
+                    write_record(folder.path, record)
+                    folder.clear_checkpoint(todo[0].run_id)
+    for task in tasks:
+        if task.run_id not in records:
+            (records[task.run_id],) = perform([task], progress)
+    return [records[task.run_id] for task in tasks]
 
-        here = _plain(backend.resolve(task.run.train))
-        if here != task.arithmetic:
-            raise LabError(
-                "All workers of a sweep must compute alike",
-                "; ".join(_differences({**task.arithmetic["stack"], **task.arithmetic}, {**here["stack"], **here})),
-                "use workers with the processor and the version of torch of the machine that started the sweep",
-            )
-        backend.apply(task.arithmetic)
-        corpus = _corpus_of(task)
-        try:
-            trainer, result = _train(task, folder, corpus, progress)
-        except (LabError, OSError):
-            if record := folder.result(task.run_id):  # where locks do not hold: another was faster, and tidied up
-                return record
-            raise
-        except Exception as error:
-            result = {"status": "failed", "reason": _told(error)}
-        if result["status"] == "stopped":
-            return _record(task, result, started)
-        model_file = None
+
+def stack_key(task: Task) -> str:
+    """Equal for runs that can be trained in one stack: of one shape, batch and arithmetic."""
+    train = task.run.train.resolve(task.run.model)
+    shape = [task.run.model.resolve().to_dict(), train.batch_size, train.grad_accum, train.seq_len]
+    return files.canonical_json([*shape, task.arithmetic, None if task.arithmetic["stacked"] else task.run_id])
+
+
+def _check_machine(task: Task) -> None:
+    from tinylm import backend
+
+    there, here = task.arithmetic["machine"], _plain(backend.machine(task.run.train.device))
+    if here != there:
+        raise LabError(
+            "All workers of a sweep must compute alike",
+            "; ".join(_differences(there, here)),
+            "use workers with the processor and the version of torch of the machine that started the sweep",
+        )
+
+
+def _train(tasks: list[Task], folder: Folder, progress: bool) -> dict[str, dict]:
+    """Train tasks together; their records by run_id, those that ended written and tidied up."""
+    from tinylm.checkpoint import save_model
+    from tinylm.train import train_together
+
+    started = _now()
+    records = {}
+    trainers = [_trainer(task, folder, progress) for task in tasks]
+    task_of = {id(trainer): task for trainer, task in zip(trainers, tasks, strict=True)}
+
+    def end(trainer: typing.Any, result: typing.Any) -> None:
+        task, result, model_file = task_of[id(trainer)], result.to_dict(), None
         if task.keep_model and result["status"] in ("finished", "early_stopped"):
-            from tinylm.checkpoint import save_model
-
             model_file = f"models/{task.run_id}.safetensors"
             about = {"run_id": task.run_id, "text": task.corpus["name"], "val_loss": result["val_loss"]}
-            save_model(folder.path / model_file, trainer.model, tokenizer=corpus.tokenizer, metadata=about)
-        record = _record(task, {**result, "model_file": model_file}, started)
-        write_record(folder.path, record)
-        folder.clear_checkpoint(task.run_id)
-        return record
+            tokenizer = _corpus_of(task).tokenizer
+            save_model(folder.path / model_file, trainer.model, tokenizer=tokenizer, metadata=about)
+        records[task.run_id] = record = _record(task, {**result, "model_file": model_file}, started, len(tasks))
+        if result["status"] != "stopped":
+            write_record(folder.path, record)
+            folder.clear_checkpoint(task.run_id)
+
+    _trainers.update(trainers)
+    try:
+        if _stop.is_set():
+            for trainer in trainers:
+                trainer.request_stop()
+        for trainer, result in zip(trainers, train_together(trainers, on_end=end), strict=True):
+            if task_of[id(trainer)].run_id not in records:  # its checkpoint had ended already
+                end(trainer, result)
+        return records
+    finally:
+        _trainers.difference_update(trainers)
 
 
-def _train(task: Task, folder: Folder, corpus: typing.Any, progress: bool) -> tuple[typing.Any, dict]:
+def _trainer(task: Task, folder: Folder, progress: bool) -> typing.Any:
     from tinylm.train import Trainer
+
+    corpus = _corpus_of(task)
 
     def build() -> Trainer:
         return Trainer(
@@ -663,24 +715,18 @@ def _train(task: Task, folder: Folder, corpus: typing.Any, progress: bool) -> tu
             checkpoint_dir=folder.checkpoints / task.run_id,
             progress=progress,
             on_eval=lambda point: folder.note_progress(task.run_id, point["step"], point["seconds"]),
+            arithmetic=task.arithmetic,
         )
 
     try:
-        trainer = build()
+        return build()
     except LabError as error:
         if not (folder.checkpoints / task.run_id).exists():
             raise
         # A checkpoint that cannot be used is given up: the run starts again, to the same numbers.
         warnings.warn(f"run {task.run_id} starts again: {error}", stacklevel=2)
         shutil.rmtree(folder.checkpoints / task.run_id)
-        trainer = build()
-    _trainers.add(trainer)
-    try:
-        if _stop.is_set():
-            trainer.request_stop()
-        return trainer, trainer.run().to_dict()
-    finally:
-        _trainers.discard(trainer)
+        return build()
 
 
 def _told(error: Exception) -> str:
@@ -702,7 +748,9 @@ _NOTHING = {
 }
 
 
-def _record(task: Task, result: dict, started: str) -> dict:
+def _record(task: Task, result: dict, started: str, together: int = 1) -> dict:
+    from tinylm import backend
+
     run = task.run
     train = run.train.resolve(run.model)
     result = {**_NOTHING, **result}
@@ -717,6 +765,8 @@ def _record(task: Task, result: dict, started: str) -> dict:
             "data": run.data.to_dict(),
             "corpus": {name: value for name, value in task.corpus.items() if name != "asked"},
             "arithmetic": task.arithmetic,
+            "path": backend.words(task.arithmetic),
+            "trained_together": together,
             "numerics_revision": task.numerics_revision,
             "parameters": counts.parameters(run.model),
             "flops": run.flops * result["steps"] // train.max_steps,

@@ -25,7 +25,7 @@ import warnings
 from collections import deque
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 
-from tinylm import files
+from tinylm import backend, files
 from tinylm.errors import ConfigError, LabError
 from tinylm.study.runs import (
     RESULTS,
@@ -37,6 +37,7 @@ from tinylm.study.runs import (
     perform,
     prepare_corpus,
     read_record,
+    stack_key,
     stop_training,
     table,
     write_record,
@@ -45,6 +46,7 @@ from tinylm.study.runs import (
 if typing.TYPE_CHECKING:
     import pandas
 
+STACK_HEIGHT = 8  # runs in a stack at most; higher ones were no faster (see results/bench)
 CRASHES = 3  # a run during which its worker was killed so often is given up
 GRACE = 10.0  # seconds that a worker has for its last checkpoint
 LINE_EVERY = 10.0  # seconds between lines of progress where there is no terminal
@@ -125,11 +127,11 @@ def _ready() -> None:
     """Shows that a worker has come up."""
 
 
-def _work(task: Task) -> dict:
-    record = perform(task)
+def _work(tasks: list[Task]) -> list[dict]:
+    records = perform(tasks)
     if _terminated:
         os._exit(143)
-    return record
+    return records
 
 
 class WorkerPool(Executor):
@@ -214,6 +216,7 @@ def sweep(
     progress: bool = True,
     dry_run: bool = False,
     keep_models: bool | typing.Callable[[Run], bool] = False,
+    stack: int = STACK_HEIGHT,
 ) -> pandas.DataFrame:
     """Train what is not recorded yet, and return one row a run asked for, in order, with its tags (``runs.table``).
 
@@ -226,7 +229,8 @@ def sweep(
     (a ``worker_pool`` for several sweeps; threads of one process train one at a time). keep_models: save the trained
     models under results_dir/models, all or those for which ``keep_models(run)`` is true; a run recorded without its
     model stays without. dry_run: train nothing, print what would be done and what it costs, and return the plan as a
-    table (``status`` is "to train" where no record is found, ``seconds`` an estimate).
+    table (``status`` is "to train" where no record is found, ``seconds`` an estimate). stack: how many runs of one shape
+    a worker trains together at most, where that is faster; it changes no number.
 
     Raises LabError where the folder belongs to another machine, a text has changed or cannot be had, a record is
     damaged, or the disk is full.
@@ -257,7 +261,7 @@ def sweep(
                     todo[task.run_id] = task
     show = _Show(folder, len(found) - len(todo), list(todo.values()), progress)
     if todo:
-        found |= _train_all(folder, list(todo.values()), executor, count, show)
+        found |= _train_all(folder, list(todo.values()), executor, count, show, stack)
     show.end(found)
     folder.tidy()
     return table([found[task.run_id] for task in tasks], [run.tags for run in asked])
@@ -289,19 +293,46 @@ def _admit(folder: Folder, runs: list[Run], progress: bool) -> None:
     folder.admit([(run, corpora[files.canonical_json(run.corpus_key)]) for run in runs])
 
 
-def _train_all(folder: Folder, todo: list[Task], executor: Executor | None, workers: int, show: _Show) -> dict:
-    """Train all tasks and return their records by run_id. Longest first, so that workers end together."""
+def pack(tasks: list[Task], workers: int, height: int = STACK_HEIGHT) -> list[list[Task]]:
+    """Tasks in stacks that are trained together, the longest stack first, so that workers end together.
+
+    A stack holds runs of one shape, at most ``height`` of them, and no more than half a worker's share of all the
+    work. What a run comes to does not depend on its stack (see ``tinylm.stack``), so the packing is free.
+    """
+    share = sum(task.run.flops for task in tasks) / (2 * workers)
+    groups: dict[str, list[Task]] = {}
+    for task in sorted(tasks, key=lambda task: -task.run.flops):
+        groups.setdefault(stack_key(task), []).append(task)
+    stacks = []
+    for group in groups.values():
+        while group:
+            high = max(1, min(height, int(share // group[0].run.flops)))
+            high = -(-len(group) // -(-len(group) // high))  # as even as can be: 5 in 3 and 2, not in 4 and 1
+            stacks.append(group[:high])
+            group = group[high:]
+    return sorted(stacks, key=lambda stack: -_flops(stack))
+
+
+def _flops(stack: list[Task]) -> int:
+    return sum(task.run.flops for task in stack)
+
+
+def _train_all(
+    folder: Folder, todo: list[Task], executor: Executor | None, workers: int, show: _Show, height: int
+) -> dict:
+    """Train all tasks, packed in stacks, and return their records by run_id."""
     pool = WorkerPool(min(workers, len(todo))) if executor is None else executor
     own = isinstance(pool, WorkerPool)
     show.workers = pool.workers if own else workers
-    # Our own pool is handed one task a worker at a time: if it breaks, only those few may be the cause. Another
+    stacks = pack(todo, show.workers, height)
+    # Our own pool is handed one stack a worker at a time: if it breaks, only those few may be the cause. Another
     # executor, whose size is not known, gets all at once.
-    room = pool.workers if own else len(todo)
-    waiting = deque(sorted(todo, key=lambda task: -task.run.flops))
-    suspects: deque[Task] = deque()  # were being trained when a worker was killed; tried again one at a time
+    room = pool.workers if own else len(stacks)
+    waiting = deque(stacks)
+    suspects: deque[list[Task]] = deque()  # were being trained when a worker was killed; tried again one at a time
     crashes: dict[str, int] = {}
     barren = 0  # times in a row that the pool broke before any worker had come up
-    running: dict[Future, Task] = {}
+    running: dict[Future, list[Task]] = {}
     done: dict[str, dict] = {}
 
     def settle(task: Task, record: dict, write: bool = False) -> None:
@@ -310,33 +341,34 @@ def _train_all(folder: Folder, todo: list[Task], executor: Executor | None, work
         done[task.run_id] = record
         show.finished(task, record)
 
-    def next_task() -> Task | None:
-        if suspects and not any(task.run_id in crashes for task in running.values()):
+    def next_stack() -> list[Task] | None:
+        if suspects and not any(task.run_id in crashes for stack in running.values() for task in stack):
             return suspects.popleft()
         return waiting.popleft() if waiting else None
 
     try:
         while waiting or suspects or running:
             broken = None
-            while len(running) < room and (task := next_task()):
+            while len(running) < room and (stack := next_stack()):
                 try:
-                    running[pool.submit(_work if own else perform, task)] = task
+                    running[pool.submit(_work if own else perform, stack)] = stack
                 except concurrent.futures.BrokenExecutor as error:
-                    (suspects if task.run_id in crashes else waiting).appendleft(task)
+                    (suspects if stack[0].run_id in crashes else waiting).appendleft(stack)
                     broken = error
                     break
             ended, _ = concurrent.futures.wait(running, show.patience(), concurrent.futures.FIRST_COMPLETED)
             for future in ended:
                 error = concurrent.futures.CancelledError() if future.cancelled() else future.exception()
                 if error is None:
-                    settle(running.pop(future), future.result())
+                    for task, record in zip(running.pop(future), future.result(), strict=True):
+                        settle(task, record)
                 elif isinstance(error, concurrent.futures.BrokenExecutor):
                     broken = error
                 elif isinstance(error, (LabError, OSError)):
                     raise error
                 else:  # an executor's own trouble: the engine's task gives a record for anything that training raises
-                    task = running.pop(future)
-                    settle(task, failed_record(task, f"{type(error).__name__}: {error}"), write=True)
+                    for task in running.pop(future):
+                        settle(task, failed_record(task, f"{type(error).__name__}: {error}"), write=True)
             if broken:
                 if not own:
                     raise LabError(
@@ -353,20 +385,24 @@ def _train_all(folder: Folder, todo: list[Task], executor: Executor | None, work
                         f"they ended {barren} times before they could work (what they said stands above, if anything)",
                         "free some memory, ask for fewer workers, or try workers=1 to see it happen alone",
                     ) from broken
-                for future, task in running.items():
-                    if future.done() and not future.cancelled() and future.exception() is None:
-                        settle(task, future.result())
-                    elif record := folder.result(task.run_id):  # killed just after it had written its record
-                        settle(task, record)
-                    elif not came_up:
-                        waiting.appendleft(task)
-                    else:
-                        crashes[task.run_id] = crashes.get(task.run_id, 0) + 1
-                        if crashes[task.run_id] < CRASHES:
-                            suspects.append(task)
+                for future, stack in running.items():
+                    returned = future.done() and not future.cancelled() and future.exception() is None
+                    records = future.result() if returned else [folder.result(task.run_id) for task in stack]
+                    left = []
+                    for task, record in zip(stack, records, strict=True):
+                        if record:  # perhaps written just before its worker was killed
+                            settle(task, record)
+                        elif not came_up:
+                            left.append(task)
                         else:
-                            reason = f"its worker process was killed {CRASHES} times, perhaps for want of memory"
-                            settle(task, failed_record(task, reason), write=True)
+                            crashes[task.run_id] = crashes.get(task.run_id, 0) + 1
+                            if crashes[task.run_id] < CRASHES:
+                                suspects.append([task])
+                            else:
+                                reason = f"its worker process was killed {CRASHES} times, perhaps for want of memory"
+                                settle(task, failed_record(task, reason), write=True)
+                    if left:
+                        waiting.appendleft(left)
                 running.clear()
             show.update(list(running.values()), [*suspects, *waiting])
     except BaseException as error:
@@ -458,6 +494,8 @@ class _Show:
             self.say(f"all {_told_runs(recorded)} recorded, nothing to train")
             return
         self.say(f"{_told_runs(len(todo))} to train, {self.flops:.3g} FLOPs ({_told_runs(recorded)} already recorded)")
+        for path in sorted({backend.words(task.arithmetic) for task in todo}):
+            self.say(f"fast path: {path}" if path != backend.PLAIN_WORDS else f"plain path: {path}")
         if sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -475,25 +513,27 @@ class _Show:
         self.flops_done += task.run.flops
         self.clock.note_record(record)
 
-    def update(self, running: list[Task], waiting: list[Task]) -> None:
+    def update(self, running: list[list[Task]], waiting: list[list[Task]]) -> None:
         if not self.progress or time.monotonic() - self.last < 0.9 * self.patience():
             return
         self.last = time.monotonic()
-        begun, flops_done = [], self.flops_done
-        waiting = list(waiting)
-        for task in running:
-            steps, seconds = self.folder.progress(task.run_id)
-            per_step = task.run.flops / task.run.train.max_steps
-            self.clock.note(task.run_id, per_step, steps, seconds)
-            flops_done += steps * per_step
-            if steps or len(begun) < self.workers:
-                begun.append((task.run, steps))
+        begun, flops_done, waiting = [], self.flops_done, list(waiting)
+        for stack in running:
+            steps = {}
+            for task in stack:
+                steps[task.run_id], seconds = self.folder.progress(task.run_id)
+                per_step = task.run.flops / task.run.train.max_steps
+                self.clock.note(task.run_id, per_step, steps[task.run_id], seconds)
+                flops_done += steps[task.run_id] * per_step
+            if any(steps.values()) or len(begun) < self.workers:
+                begun.append((stack, steps))
             else:
-                waiting.append(task)
+                waiting.append(stack)
         left = None
         if self.clock.seen:
-            ahead = [self.clock.seconds(task.run) for task in waiting]
-            left = _makespan([self.clock.seconds(run, steps) for run, steps in begun], ahead, self.workers)
+            ahead = [sum(self.clock.seconds(task.run) for task in stack) for stack in waiting]
+            now = [sum(self.clock.seconds(t.run, steps[t.run_id]) for t in stack) for stack, steps in begun]
+            left = _makespan(now, ahead, self.workers)
         words = f"{len(self.done)} of {_told_runs(len(self.todo))}"
         share = f"{100 * flops_done / self.flops:.0f} % of the work"
         share += f", {_told_time(left)} left" if left is not None else ""
@@ -562,25 +602,29 @@ def _plan(folder: Folder, asked: list[Run], tasks: list[Task | None], found: dic
 
 
 def _seconds_per_step(run: Run) -> float:
-    """Measured here, in about a second, on random tokens."""
+    """Measured here on random tokens, in about a second once its code is compiled: a run's share of a small stack."""
     import numpy
     import torch
 
-    from tinylm import backend
-    from tinylm.train import Trainer
+    from tinylm.train import Trainer, train_together
 
     threads = torch.get_num_threads()
     try:
-        backend.apply(backend.resolve(run.train))
+        arithmetic = backend.resolve(run.train, run.model, in_stacks=True)
         train = run.train.resolve(run.model)
         length = 4 * train.windows_per_step * train.seq_len + 1
         tokens = numpy.random.default_rng(0).integers(0, run.model.vocab_size, length).astype(numpy.uint32)
-        steps, best = 2, float("inf")
-        until = time.monotonic() + 1.0
-        while time.monotonic() < until:
+        steps, best, until = 2, float("inf"), None
+        while until is None or time.monotonic() < until:
             short = {"max_steps": steps, "warmup_steps": 0, "eval_interval": steps, "eval_tokens": train.seq_len}
-            result = Trainer(run.model, train.replace(**short, unique_tokens=None, patience=None), tokens, tokens).run()
-            best = min(best, result.seconds / result.steps)
+            short = train.replace(**short, unique_tokens=None, patience=None)
+            height = 3 if arithmetic["stacked"] else 1
+            results = train_together(
+                [Trainer(run.model, short, tokens, tokens, arithmetic=arithmetic) for _ in range(height)]
+            )
+            if until is not None:  # the first time it is compiled
+                best = min(best, results[0].seconds / results[0].steps)
+            until = until or time.monotonic() + 1.0
             steps = 10
         return best
     finally:
