@@ -5,7 +5,12 @@ from __future__ import annotations
 import codecs
 import errno
 import gzip
+import os
 import pickle
+import signal
+import subprocess
+import sys
+import time
 import tracemalloc
 
 import numpy as np
@@ -247,6 +252,83 @@ def test_pieces_lose_nothing_where_there_are_none(tmp_path_factory, text, size):
     assert max(len(piece.encode()) for piece in pieces) <= 2 * size
 
 
+def on_processors(monkeypatch, number):
+    monkeypatch.setattr(module.os, "sched_getaffinity", lambda pid: set(range(number)), raising=False)
+
+
+def test_any_number_of_processors_gives_the_same_map(tokenizer, tmp_path, monkeypatch):
+    path = write(tmp_path / "a.txt", TEXT * 20 + AWKWARD.replace("\0", "") + "x" * 200_000 + " y" * 50_000 + TEXT)
+    monkeypatch.setattr(module, "PIECE_BYTES", 100_000)
+    maps = {}
+    for number in (1, 2, 3, 64):
+        with monkeypatch.context() as patch:
+            on_processors(patch, number)
+            encode_file(path, tokenizer, tmp_path / str(number), progress=False)
+        (made,) = (tmp_path / str(number)).glob("*.ids")
+        maps[number] = made.read_bytes()
+    assert maps[1] == maps[2] == maps[3] == maps[64]
+    assert tokenizer.decode_bytes(np.frombuffer(maps[1], dtype="<u2")) == path.read_bytes()
+
+
+def test_all_processors_are_put_to_work(trained, tmp_path, monkeypatch):
+    asked = []
+    encode = Tokenizer.encode_array
+    monkeypatch.setattr(
+        Tokenizer, "encode_array", lambda self, text, threads=1: asked.append(threads) or encode(self, text, threads)
+    )
+    on_processors(monkeypatch, 3)
+    encode_file(write(tmp_path / "a.txt", TEXT), trained["bpe"], progress=False)
+    assert asked == [3]
+
+
+def test_progress_reaches_the_size_of_the_file_and_tells_the_time_left(trained, tmp_path, monkeypatch):
+    text = TEXT + AWKWARD.replace("\0", "") + TEXT
+    path, bars = write(tmp_path / "a.txt", text), []
+    made = module.progress_bar
+    monkeypatch.setattr(module, "PIECE_BYTES", 5000)
+    monkeypatch.setattr(module, "progress_bar", lambda *given: bars.append(made(*given)) or bars[0])
+    encode_file(path, trained["bpe"])
+    assert bars[0].n == bars[0].total == path.stat().st_size
+    bar = made(1_000_000, "encoding a")
+    bar.start_t -= 10
+    bar.update(250_000)
+    assert "25%" in str(bar) and "00:10<00:3" in str(bar)
+
+
+@pytest.mark.parametrize("change", [lambda data: data[:-2000], lambda data: data[:3000] + b"\xff" + data[3001:]])
+def test_a_file_that_changes_under_the_hand_is_named(trained, tmp_path, change):
+    path, out = write(tmp_path / "a.txt", TEXT), tmp_path / "maps"
+    found = scan(path)
+    write(path, change(path.read_bytes()))
+    with pytest.raises(TextError, match=r"must not change.*a\.txt"):
+        module.encode_spans(path, found.sha256, [(0, found.size)], trained["bpe"], out, progress=False)
+    assert list(out.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal")
+def test_an_interrupt_ends_it_at_once_and_leaves_nothing_half_made(trained, tmp_path):
+    path, out = write(tmp_path / "a.txt", TEXT * (100_000_000 // len(TEXT))), tmp_path / "maps"
+    trained["bpe"].save(tmp_path / "tokenizer")
+    code = (
+        "import sys; from tinylm.tokenizer import *; encode_file(sys.argv[1], Tokenizer.load(sys.argv[2]), sys.argv[3])"
+    )
+    words = [sys.executable, "-c", code, path, tmp_path / "tokenizer", out]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            until = time.monotonic() + 60
+            while not any(part.stat().st_size for part in out.glob(".*.part")):
+                assert process.poll() is None and time.monotonic() < until
+                time.sleep(0.02)
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+            said = process.communicate(timeout=30)[1]
+        finally:
+            process.kill()
+    assert process.returncode == -signal.SIGINT and "KeyboardInterrupt" in said
+    assert list(out.iterdir()) == []
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # nobody of its group is left
+
+
 def test_large_vocabularies_take_four_bytes(trained, tmp_path):
     tokenizer = Tokenizer.train([TEXT], "char", 70_000)
     ids = encode_file(write(tmp_path / "a.txt", TEXT), tokenizer, progress=False)
@@ -290,7 +372,7 @@ def test_a_full_disk_leaves_nothing_half_made(trained, tmp_path, monkeypatch):
     assert list(out.iterdir()) == []
 
 
-def test_memory_does_not_grow_with_the_file(trained, tmp_path):
+def test_memory_of_python_does_not_grow_with_the_file(trained, tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(TEXT.encode() * (32_000_000 // len(TEXT)))
     size = path.stat().st_size
@@ -300,6 +382,22 @@ def test_memory_does_not_grow_with_the_file(trained, tmp_path):
     tracemalloc.stop()
     assert len(ids) == size > 30_000_000
     assert peak < 24_000_000
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak in kB")
+def test_memory_of_the_whole_process_does_not_grow_with_the_file(trained, tmp_path):
+    trained["bpe"].save(tmp_path / "tokenizer")
+    code = """if True:
+        import resource, sys
+        from tinylm.tokenizer import *
+        for path in sys.argv[2:]:
+            encode_file(path, Tokenizer.load(sys.argv[1]), progress=False)
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    """
+    paths = [write(tmp_path / f"{size}.txt", TEXT * (size // len(TEXT))) for size in (2_000_000, 2_100_000, 10_000_000)]
+    words = [sys.executable, "-c", code, tmp_path / "tokenizer", *paths]
+    peaks = [int(line) for line in subprocess.run(words, capture_output=True, check=True).stdout.split()]
+    assert peaks[2] - peaks[1] < 4000
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,7 @@
 """One more token in each row of a batch, in as few operations as a model of any of our kinds can do with.
 
-A small model is bound by how many operations a token takes, not by their size: at hidden_size 64 the arithmetic of a
-token is a tenth of the time in which torch calls its operations. ``Step`` therefore does what the model's own pass with a
-cache does, and says it in half as many.
+A small model is bound by how many operations a token takes, not by their size. ``Step`` therefore does what the model's own
+pass with a cache does, in fewer.
 """
 
 from __future__ import annotations

@@ -54,15 +54,15 @@ class Update:
 class Stack:
     """Computes the steps of ``lanes`` as ``arithmetic`` says (see ``backend.resolve``).
 
-    ``arithmetic["stacked"]``: with a leading axis over the lanes, and at least two of them (a lone lane is computed twice),
-    so that every stack computes alike; else there is one lane, and its model is as it is.
+    ``arithmetic["stacked"]``: with a leading axis over the lanes, so that every stack computes alike; else there is one
+    lane, and its model is as it is. A lone lane of a compiled stack is computed twice, for the sake of the same code.
     """
 
     def __init__(self, lanes: list[Lane], arithmetic: dict):
         self.lanes, self.stacked = lanes, arithmetic["stacked"]
         if not self.stacked and len(lanes) != 1:
             raise ValueError("only a stack holds more than one lane")
-        self.padded = lanes * 2 if self.stacked and len(lanes) == 1 else lanes
+        self.padded = lanes * 2 if self.stacked and arithmetic["compile"] and len(lanes) == 1 else lanes
         self.weights, self.first, self.second = (
             torch.stack([getattr(lane, name) for lane in self.padded])
             if self.stacked

@@ -678,14 +678,18 @@ class Evidence:
         seconds_each: float = 1.0,
         train: TrainConfig | None = None,
     ) -> Speed:
-        """This machine's speed, for plans that take so many ``seconds``: measured on three rungs of the ladder, and then
-        on the very shapes and batches that such plans choose. The rest as ``measure_speed`` takes it."""
+        """This machine's speed, for plans that take so many ``seconds``: measured roughly, on the plain path, on three rungs
+        of the ladder, and then on the very shapes and batches that such plans choose, as they will be trained. The rest
+        as ``measure_speed`` takes it."""
         rows = self.ladder[self.ladder["params_total"] <= max(5e6, self.ladder["params_total"].min())]
         rows = rows.sort_values("params_total").to_dict("records")  # beyond five million parameters little changes
         picks = [rows[i] for i in sorted({len(rows) // 4, len(rows) // 2, len(rows) - 1})]
         batches = [min(16, recipe.batch_size(20 * row["params_total"])) for row in picks]
         options = {"threads": threads, "seconds_each": seconds_each, "train": train}
-        speed = measure_speed([self.model(recipe, row) for row in picks], batch_size=batches, **options)
+        plain = (train or TrainConfig()).replace(precision="fp32", compile=False)
+        speed = measure_speed(
+            [self.model(recipe, row) for row in picks], batch_size=batches, **{**options, "train": plain}
+        )
         for budget in seconds:
             known: set[float] = set()  # an exact speed may lead to another shape, whose speed is then measured too
             while (chosen := self.plan(recipe, seconds=budget, speed=speed)).params not in known and len(known) < 3:

@@ -190,13 +190,12 @@ class Study:
                 rate=".3g", loss=".3f", seed_sd=".3f", seeds="d", difference="+.3f", low="+.3f", high="+.3f",
             )  # fmt: skip
 
-    def train_seeds(self, run: Run) -> pd.DataFrame:
+    def with_seeds(self, run: Run) -> list[Run]:
         """The same run with ``preset.seeds`` seeds."""
         seeds = range(self.settings.seed, self.settings.seed + self.preset.seeds)
-        runs = [
+        return [
             dataclasses.replace(run, train=run.train.replace(seed=seed), tags={"family": "seeds"}) for seed in seeds
         ]
-        return self.train(runs)
 
     def show_noise(self, frame: pd.DataFrame) -> None:
         self.noise = frame
@@ -229,8 +228,12 @@ class Study:
         return words
 
     def task(self, run: Run):
-        """The run as the results folder identifies it."""
-        return Folder(self.folder).task(run)
+        """The run as the results folder identifies it, also where it is the first of its kind."""
+        folder = Folder(self.folder)
+        if (task := folder.task(run)) is None:
+            folder.admit([(run, prepare_corpus(run))])
+            task = folder.task(run)
+        return task
 
     def seal_and_score(self, run: Run, target: dict, prediction: dict, fit: scaling.Fit, what: str) -> None:
         """Seal a forecast before its run exists, train the run, and hold the one against the other."""
@@ -433,10 +436,16 @@ class ComputeStudy(Study):
         smallest = self.best[self.best.budget == budget]
         nearest = smallest.loc[(smallest.params_total / optimum).map(math.log).abs().idxmin()]
         run = self.runs_at(self.points[int(nearest.point)], [nearest.learning_rate])[0]
-        self.show_noise(self.train_seeds(run))
+        runs = self.with_seeds(run)
+        self.train([*runs, *self.section_runs()])  # in one sweep, so that no worker waits in between
+        self.show_noise(self.train(runs, progress=False))
 
     def measure_sections(self) -> None:
-        """Two straight cuts through the plane of sizes and tokens, at the learning rates of the rule: L(N) and L(D)."""
+        """Two straight cuts through the plane of sizes and tokens: L(N) and L(D)."""
+        self.sections = self.train(self.section_runs(), progress=False)
+
+    def section_runs(self) -> list[Run]:
+        """The runs of both cuts, at the learning rates of the rule."""
         middle = sorted(self.preset.budgets)[len(self.preset.budgets) // 2]
         centre = self.best[self.best.budget == middle].sort_values("val_loss").iloc[0]
         own = self.points[int(centre.point)]
@@ -446,8 +455,7 @@ class ComputeStudy(Study):
         last = min(LADDER.index(own.shape) + 2, len(shapes) - 1)
         points = [Point(shape, own.tokens, "sizes") for shape in shapes[max(0, last - 4) : last + 1]]
         points += [Point(own.shape, own.tokens * 2.0**power, "amounts") for power in (-1, -0.5, 0, 0.5, 1)]
-        runs = [run for point in points for run in self.runs_at(point, [self.rule_rate(point.shape, point.tokens)])]
-        self.sections = self.train(runs)
+        return [run for point in points for run in self.runs_at(point, [self.rule_rate(point.shape, point.tokens)])]
 
     def flops_of(self, shape: tuple[int, int, int], tokens: float) -> float:
         return tokens * counts.train_flops_per_token(self.model(shape), self.recipe.seq_len)
@@ -532,7 +540,8 @@ class ComputeStudy(Study):
         path = self.folder / "speed.json"
         if path.exists():
             return planner.Speed(**json.loads(path.read_text()))
-        plain = TrainConfig(precision="fp32", compile=False) if self.settings.preset == "smoke" else None
+        # To compile what is timed would take minutes of a study of minutes: only the full preset does.
+        plain = None if self.settings.preset == "full" else TrainConfig(precision="fp32", compile=False)
         seconds = [60 * minutes for minutes in self.settings.minutes]
         speed = self.evidence.speed_for(self.recipe, seconds, threads=os.cpu_count(), train=plain)
         files.write_whole(path, json.dumps(dataclasses.asdict(speed)) + "\n")
@@ -563,7 +572,9 @@ class ComputeStudy(Study):
         self.report.text(
             "The size and the tokens come from the surface, the expected loss from two readings of the same runs, the surface with "
             "its floor and the line L(C) without one, whose intervals it spans: over so small a range of compute nobody can tell "
-            f"the two apart. The speed is this machine's, measured when it was idle ({speed.threads} threads). "
+            f"the two apart. The speed is this machine's, measured when it was idle ({speed.threads} threads"
+            + (")" if self.settings.preset == "full" else ", plain path: a run that is compiled ends earlier)")
+            + ". "
             f"`reach` is the plan's compute over that of the largest run fitted; over {planner.FAR:.0f} it is marked as far beyond "
             "the evidence, and its interval knows nothing of what may change on the way."
         )
@@ -659,7 +670,8 @@ class DataStudy(Study):
     def measure_noise(self) -> None:
         """Seeds at the smallest amount, with its best size and rate."""
         nearest = self.lowest.iloc[0]
-        self.show_noise(self.train_seeds(self.runs_at(self.points[int(nearest.point)], [nearest.learning_rate])[0]))
+        run = self.runs_at(self.points[int(nearest.point)], [nearest.learning_rate])[0]
+        self.show_noise(self.train(self.with_seeds(run)))
 
     def measure_sections(self) -> None:
         """Nothing more: the amounts are the section."""

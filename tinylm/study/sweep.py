@@ -11,6 +11,7 @@ import atexit
 import concurrent.futures
 import contextlib
 import heapq
+import math
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.context
@@ -296,17 +297,17 @@ def _admit(folder: Folder, runs: list[Run], progress: bool) -> None:
 def pack(tasks: list[Task], workers: int, height: int = STACK_HEIGHT) -> list[list[Task]]:
     """Tasks in stacks that are trained together, the longest stack first, so that workers end together.
 
-    A stack holds runs of one shape, at most ``height`` of them, and no more than half a worker's share of all the
-    work. What a run comes to does not depend on its stack (see ``tinylm.stack``), so the packing is free.
+    A stack holds runs of one shape, at most ``height`` of them, and no more than a worker's share of all the work. What
+    a run comes to does not depend on its stack (see ``tinylm.stack``), so the packing is free.
     """
-    share = sum(task.run.flops for task in tasks) / (2 * workers)
+    share = sum(task.run.flops for task in tasks) / workers
     groups: dict[str, list[Task]] = {}
     for task in sorted(tasks, key=lambda task: -task.run.flops):
         groups.setdefault(stack_key(task), []).append(task)
     stacks = []
     for group in groups.values():
         while group:
-            high = max(1, min(height, int(share // group[0].run.flops)))
+            high = max(1, min(height, math.ceil(share / group[0].run.flops)))
             high = -(-len(group) // -(-len(group) // high))  # as even as can be: 5 in 3 and 2, not in 4 and 1
             stacks.append(group[:high])
             group = group[high:]
