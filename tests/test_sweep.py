@@ -52,6 +52,40 @@ def grid(text, steps=12):
     return [*runs, Run(runs[0].model, runs[0].train, runs[0].data, {"family": "again"})]
 
 
+def tasks_of(runs, stacked=True):
+    arithmetic = {"stacked": stacked}
+    return [records.Task(run, f"{number:064d}", {}, arithmetic, 0, "") for number, run in enumerate(runs)]
+
+
+def test_runs_of_one_shape_are_packed_in_stacks_the_longest_first():
+    runs = [a_run("a", seed=seed, max_steps=steps) for seed in range(7) for steps in (12, 24)]
+    runs += [a_run("a", hidden_size=16, batch_size=size) for size in (2, 4)]
+    tasks = tasks_of(runs)
+    stacks = engine.pack(tasks, workers=2)
+    assert sorted(task.run_id for stack in stacks for task in stack) == sorted(task.run_id for task in tasks)
+    assert all(len({records.stack_key(task) for task in stack}) == 1 for stack in stacks)
+    work = [sum(task.run.flops for task in stack) for stack in stacks]
+    assert work == sorted(work, reverse=True) and max(work) <= 0.75 * sum(work)
+    assert 1 < max(len(stack) for stack in stacks) <= engine.STACK_HEIGHT
+    assert {len(stack) for stack in engine.pack(tasks_of(runs, stacked=False), workers=2)} == {1}
+    seeds = engine.pack(tasks_of([a_run("a", seed=seed) for seed in range(7)]), workers=2)
+    assert [len(stack) for stack in seeds] == [4, 3]  # one for each worker
+    many = engine.pack(tasks_of([a_run("a", seed=seed) for seed in range(40)]), workers=2)
+    assert {len(stack) for stack in many} == {8}
+    assert {len(stack) for stack in engine.pack(tasks, workers=2, height=1)} == {1}
+
+
+def test_a_sweep_in_stacks_gives_the_records_of_runs_one_by_one(text, tmp_path):
+    runs = grid(text)
+    together = sweep(runs, tmp_path / "together", workers=1)
+    assert load_runs(tmp_path / "together").status.value_counts()["diverged"] == 1
+    found = [records.read_record(path) for path in (tmp_path / "together" / "runs").glob("*.json")]
+    assert {record["trained_together"] for record in found} > {1} and {record["path"] for record in found} == {
+        "eager, fp32 products, torch's attention, stacked"
+    }
+    equal(sweep(runs, tmp_path / "alone", workers=1, stack=1), together)
+
+
 def equal(one, other):
     pandas.testing.assert_frame_equal(one.drop(columns=TIMES), other.drop(columns=TIMES), check_exact=True)
 

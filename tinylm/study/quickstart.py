@@ -64,7 +64,7 @@ PRESETS = {
     "smoke": Preset(
         (1e9, 2e9, 4e9), sizes=3, moves=1, seeds=3, bootstrap=100, amounts=(1 / 16, 1 / 8, 1 / 4), epochs=2
     ),
-    "quick": Preset((1e11, 2e11, 4e11)),
+    "quick": Preset((1e11, 1.8e11, 3.2e11)),
     "full": Preset((1e11, 2e11, 4e11, 8e11, 1.6e12, 3.2e12)),
 }
 
