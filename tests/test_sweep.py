@@ -54,7 +54,7 @@ def grid(text, steps=12):
 
 def tasks_of(runs, stacked=True):
     arithmetic = {"stacked": stacked}
-    return [records.Task(run, f"{number:064d}", {}, arithmetic, 0, "") for number, run in enumerate(runs)]
+    return [records.Task(run, f"{number:016d}", {}, arithmetic, 0, "") for number, run in enumerate(runs)]
 
 
 def test_runs_of_one_shape_are_packed_in_stacks_the_longest_first():

@@ -186,7 +186,7 @@ class Study:
         if table.exists():
             self.report.table(
                 pd.read_csv(table), "recipe", "The evidence: what changing one thing does to the loss at small budgets, each "
-                f"variant at its best rate (more in {os.path.relpath(evidence, self.folder)}/README.md)", budget=".0e", variant="",
+                f"variant at its best rate (more in {os.path.relpath(evidence, self.folder)}/README.md)", budget=".2g", variant="",
                 rate=".3g", loss=".3f", seed_sd=".3f", seeds="d", difference="+.3f", low="+.3f", high="+.3f",
             )  # fmt: skip
 
@@ -414,12 +414,12 @@ class ComputeStudy(Study):
         self.report.table(
             minima.assign(tokens_per_parameter=minima.tokens_opt / minima.params_opt), "isoflop_minima",
             "The best size at each budget (FLOPs), with 95 % intervals from redrawing the runs' scatter",
-            budget=".0e", params_opt=",.0f", params_low=",.0f", params_high=",.0f", tokens_opt=",.0f",
+            budget=".2g", params_opt=",.0f", params_low=",.0f", params_high=",.0f", tokens_opt=",.0f",
             tokens_per_parameter=".1f", loss_min=".3f", inside="",
         )  # fmt: skip
         last = minima.iloc[-1]
         self.findings.append(
-            f"With {last.budget:.0e} FLOPs the best model here has about {quantity(last.params_opt)} parameters"
+            f"With {last.budget:.2g} FLOPs the best model here has about {quantity(last.params_opt)} parameters"
             + ("" if math.isnan(last.params_low) else f" ({quantity(last.params_low)} to {quantity(last.params_high)})")
             + f" and reads {quantity(last.tokens_opt)} tokens; it loses {last.loss_min:.3f} nats per token."
         )
