@@ -85,6 +85,8 @@ def other(field: dataclasses.Field) -> tuple[list[str], object]:
         return [flag, names[field.name]], names[field.name]
     if isinstance(field.default, bool):
         return [flag if not field.default else f"--no-{flag[2:]}"], not field.default
+    if "bool" in str(field.type):  # None as default, to be picked
+        return [flag], True
     if "int" in str(field.type):
         value = {"hidden_size": 8, "num_layers": 3}.get(field.name, 2)
         return [flag, str(value)], value

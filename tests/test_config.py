@@ -71,7 +71,7 @@ WRONG_TRAIN = [
     (dict(patience=0), ["patience must be at least 1", "leave it out"]),
     (dict(grad_accum=0), ["grad_accum must be at least 1", "grad_accum=0"]),
     (dict(schedule="linear"), ["schedule must be one of cosine, wsd", "'linear'"]),
-    (dict(precision="float32"), ["precision must be one of fp32, bf16, fp16", "'float32'"]),
+    (dict(precision="float32"), ["precision must be one of auto, fp32, bf16, fp16", "'float32'"]),
     (dict(learning_rate=float("inf")), ["learning_rate must be a finite number", "inf"]),
 ]
 WRONG_GENERATE = [

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from tinylm import widgets
+from tinylm import decoding, widgets
 from tinylm.checkpoint import save_model
 from tinylm.config import GenerateConfig, ModelConfig
 from tinylm.generate import STAGES, TokenOut, filter_logits, generate
@@ -41,8 +41,8 @@ def panel():
 @pytest.fixture
 def slow_panel(panel, monkeypatch):
     """A panel whose model takes 20 ms a token, so that it can be caught in the act."""
-    forward = panel.model.forward
-    monkeypatch.setattr(panel.model, "forward", lambda ids, cache: (time.sleep(0.02), forward(ids, cache))[1])
+    step = decoding.Step.__call__
+    monkeypatch.setattr(decoding.Step, "__call__", lambda *given: (time.sleep(0.02), step(*given))[1])
     panel.max_new_tokens.value = 2000
     return panel
 

@@ -30,8 +30,8 @@ NUMERICS_REVISION = 2  # raised by every change to how training computes, so tha
 # Compiling costs some ten seconds of a core or more, once for each shape and machine, and a second or two where the code
 # is kept. A run shorter than this takes a minute or two of a core and would hardly win that back.
 FLOPS_WORTH_COMPILING = 3e12
-# A stack pays where the operations of one run are too small to keep a core busy (see results/bench). Stacks stay eager:
-# compiled, they were little faster, and each of the many small shapes of a study would have to be compiled.
+# A stack pays where the operations of one run are too small to keep a core busy; at twice this size it won nothing. Stacks
+# stay eager: compiled, they were little faster, and each of a study's many small shapes would have to be compiled.
 STACKED_UP_TO = 1 << 15  # channels a step: tokens in a micro-step times hidden_size
 
 PLAIN_WORDS = "eager, fp32 products, torch's attention"

@@ -47,7 +47,7 @@ from tinylm.study.runs import (
 if typing.TYPE_CHECKING:
     import pandas
 
-STACK_HEIGHT = 8  # runs in a stack at most; higher ones were no faster (see results/bench)
+STACK_HEIGHT = 8  # runs in a stack at most: three were nearly as fast as eight
 CRASHES = 3  # a run during which its worker was killed so often is given up
 GRACE = 10.0  # seconds that a worker has for its last checkpoint
 LINE_EVERY = 10.0  # seconds between lines of progress where there is no terminal
