@@ -143,9 +143,9 @@ def test_only_a_stack_holds_more_than_one():
 
 @pytest.mark.slow
 @pytest.mark.skipif(backend.cpp_compiler() is None, reason="no C++ compiler here")
-@pytest.mark.parametrize("switch", ["as usual", "layernorm", "learned", "grouped queries"])
-def test_the_fast_path_is_the_plain_one_within_rounding(switch):
-    model = MODEL.replace(**SWITCHES[switch])
+@pytest.mark.parametrize("switches", [["as usual"], ["layernorm", "gelu", "learned", "grouped queries", "untied"]])
+def test_the_fast_path_is_the_plain_one_within_rounding(switches):
+    model = MODEL.replace(**{name: value for switch in switches for name, value in SWITCHES[switch].items()})
     plain = [trainer(model, **run).run() for run in RUNS]
     before = sum(torch._dynamo.utils.counters["stats"].values())
     fast = train_together([trainer(model, compile=True, **run) for run in RUNS])
