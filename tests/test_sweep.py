@@ -232,10 +232,10 @@ def test_failed_runs_are_tried_again_but_do_not_stand_in_the_way_of_a_redraw(tex
         assert sweep(runs, tmp_path, executor=threads).status.tolist() == ["finished", "finished"]
 
 
-def die_if_poisoned(function, task):
-    if task.run.tags.get("family") == "poison":
+def die_if_poisoned(function, tasks):
+    if any(task.run.tags.get("family") == "poison" for task in tasks):
         os.kill(os.getpid(), signal.SIGKILL)
-    return function(task)
+    return function(tasks)
 
 
 class PoisonedPool(WorkerPool):
