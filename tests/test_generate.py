@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import sys
 
 import pytest
 import torch
@@ -398,6 +399,18 @@ def test_weights_of_another_type_are_sampled_in_fp32(dtype):
     assert model.embedding.weight.dtype == dtype
     model.float()
     assert [row.token_ids for row in out] == [row.token_ids for row in generate(model, Bytes(), ["to be", "or"], PLAIN)]
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_a_large_model_that_is_sampled_without_a_copy_says_the_same(position, monkeypatch):
+    model = model_of(position, dropout=0.5).train()
+    prompts, config = ["a", "bcd", "e" * 30], GREEDY
+    copied = [row.token_ids for row in generate(model, Bytes(), prompts, config)]
+    module = sys.modules["tinylm.generate"]  # the package's attribute of that name is the function
+    monkeypatch.setattr(module, "STEP_UP_TO", 0)
+    monkeypatch.setattr(module, "Step", None)
+    assert [row.token_ids for row in generate(model, Bytes(), prompts, config)] == copied
+    assert model.training
 
 
 def test_weights_are_read_anew_for_every_text():

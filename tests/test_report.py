@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from tinylm.errors import LabError
-from tinylm.study.report import HEADINGS, Report, interval
+from tinylm.study.report import HEADINGS, Report, interval, write_table
 
 FRAME = pd.DataFrame(
     {
@@ -140,6 +140,45 @@ def test_a_table_shows_what_is_asked_for_and_keeps_all_in_its_file(tmp_path):
     assert kept.params_total.tolist() == [12345, 678, 1_000_000] and kept.loss[0] == 3.14159
     report.table(FRAME, "whole", "Without formats")
     assert len(table_of(report.pieces[-1])[0]) == len(FRAME.columns)
+
+
+def awkward() -> pd.DataFrame:
+    """150 rows whose floats are whole for long, with gaps, signs that are no ASCII, quotes and what starts a formula."""
+    rows = np.arange(150)
+    return pd.DataFrame(
+        {
+            "whole": rows,
+            "late": np.where(rows < 120, 0.0, rows / 7),
+            "gaps": np.where(rows % 2, np.nan, 1e12),
+            "flag": rows % 3 == 0,
+            "name": ["–", 'a "b", c', "two\nlines", "", "é"] * 30,
+        }
+    )
+
+
+def test_tables_open_in_other_tools_as_they_were(tmp_path):
+    frame = awkward()
+    path = write_table(tmp_path / "awkward.csv", frame)
+    assert path.read_bytes().startswith(b"\xef\xbb\xbfwhole,late")  # how Excel tells UTF-8
+    again = pd.read_csv(path, keep_default_na=False, na_values={"gaps": [""]})
+    pd.testing.assert_frame_equal(again, frame, check_exact=False, rtol=1e-9)
+    ascii = write_table(tmp_path / "ascii.csv", frame.drop(columns="name")).read_bytes()
+    assert ascii.startswith(b"whole,late") and b"\n0,0.0,1e+12,True\n" in ascii
+    inf = write_table(tmp_path / "inf.csv", pd.DataFrame({"x": [1.0, np.inf, -np.inf, np.nan], "y": "a"}))
+    assert pd.read_csv(inf).x.tolist()[:3] == [1.0, np.inf, -np.inf]
+
+
+def test_tables_open_in_polars(tmp_path):
+    polars = pytest.importorskip("polars")
+    path = write_table(tmp_path / "awkward.csv", awkward())
+    found = polars.read_csv(path)
+    assert found.columns == list(awkward().columns) and found.height == 150
+    kinds = [found.schema[name] for name in ("whole", "late", "gaps", "flag")]
+    assert kinds == [polars.Int64, polars.Float64, polars.Float64, polars.Boolean]
+    assert found["late"].to_list() == pytest.approx(awkward().late.tolist(), rel=1e-9)
+    assert found["name"][0] == "–" and found["name"][2] == "two\nlines"
+    for table in sorted((Path(__file__).resolve().parents[1] / "results").glob("*/tables/*.csv")):
+        assert polars.read_csv(table).shape == pd.read_csv(table).shape
 
 
 def test_a_table_keeps_ten_digits_in_its_file(tmp_path):

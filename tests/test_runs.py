@@ -288,9 +288,27 @@ def test_load_runs_is_one_table(text, tmp_path):
     assert row.flops_6nd == 6 * row.params_total * row.tokens_seen
     assert row.params_total == row.params_embedding + row.params_non_embedding
     assert row.threads == 1 and row.tokenizer == "byte" and row.hidden_size == 8
+    for seed, budget in (
+        (2, 1e6),
+        (3, "large"),
+        (4, None),
+    ):  # a tag of two kinds is text, so that columns have one type
+        train_run(a_run(text, seed=seed, tags={"budget": budget}), tmp_path)
+    frame = load_runs(tmp_path).set_index("seed")
+    assert frame.budget[2] == "1000000.0" and frame.budget[3] == "large" and frame.budget[[0, 4]].isna().all()
     victim = next((tmp_path / "runs").glob("*.json"))
     victim.write_text(victim.read_text()[:-20])
     with pytest.raises(DamagedFileError, match=victim.name):
         load_runs(tmp_path)
     with pytest.warns(UserWarning, match=victim.name):
-        assert len(load_runs(tmp_path, on_damage="skip")) == 1
+        assert len(load_runs(tmp_path, on_damage="skip")) == 4
+
+
+def test_load_runs_opens_in_polars(text, tmp_path):
+    polars = pytest.importorskip("polars")
+    pytest.importorskip("pyarrow")
+    for seed, budget in ((0, 1), (1, "large"), (2, None)):
+        train_run(a_run(text, seed=seed, learning_rate=0.01 * (1 + seed), tags={"budget": budget}), tmp_path)
+    frame = load_runs(tmp_path)
+    found = polars.from_pandas(frame)
+    assert found.shape == frame.shape and found["val_loss"].to_list() == pytest.approx(frame.val_loss.tolist())

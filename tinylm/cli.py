@@ -1,4 +1,5 @@
-"""The command line: fetch, train, generate, fit, plan, study, bench. Commands import what they need, ``--help`` no torch."""
+"""The command line: fetch, train, generate, export, import, fit, plan, study, bench. Commands import what they need,
+``--help`` no torch."""
 
 from __future__ import annotations
 
@@ -138,18 +139,26 @@ def fetch(names: tuple[str, ...]) -> None:
 def train(out: str, **values) -> None:
     """Train one model on a text: its record goes to OUT/runs, the model to OUT/models.
 
-    The same command started again goes on where it was stopped, and trains nothing that is finished.
+    The same command started again goes on where it was stopped, and trains nothing that is finished. Started as
+    `torchrun --nproc_per_node=2 -m tinylm train ...` it trains in several processes, to the same losses.
     """
     data, model, training = (_config(kind, values) for kind in (DataConfig, ModelConfig, TrainConfig))
+    from tinylm.ranks import joined
     from tinylm.study import runs
 
     run = runs.Run(model, training, data)
-    click.echo(f"{counts.parameters(model)['total']:,} parameters, {run.flops:.3g} FLOPs, text {data.text}", err=True)
-    try:
-        record = runs.train_run(run, out, keep_model=True, progress=True)
-    except KeyboardInterrupt:
-        click.echo("\nstopped; the same command started again goes on from there", err=True)
-        sys.exit(130)
+    with joined(training.device) as ranks:
+        if ranks.rank == 0:
+            size = f"{counts.parameters(model)['total']:,} parameters, {run.flops:.3g} FLOPs, text {data.text}"
+            click.echo(size + (f", {ranks.size} processes" if ranks.size > 1 else ""), err=True)
+        try:
+            record = runs.train_run(run, out, keep_model=True, progress=True, ranks=ranks)
+        except KeyboardInterrupt:
+            if ranks.rank == 0:
+                click.echo("\nstopped; the same command started again goes on from there", err=True)
+            sys.exit(130)
+    if record is None:  # the first process tells
+        return
     if record["val_loss"] is None:
         raise LabError(
             f"Training must succeed, and this run {record['status']}", record["reason"], "lower learning_rate"
@@ -171,16 +180,57 @@ def generate(model: Path, prompt: str, **values) -> None:
     from tinylm.checkpoint import load_model
     from tinylm.generate import stream
 
-    if model.is_dir():
-        kept = sorted(model.glob("models/*.safetensors"), key=lambda path: path.stat().st_mtime)
-        if not kept:
-            raise LabError(
-                "The folder must hold a model", f"no {model / 'models'}/*.safetensors", "train one with --out"
-            )
-        model = kept[-1]
-    network, tokenizer, _ = load_model(model)
+    network, tokenizer, _ = load_model(_model_file(model))
     click.echo(prompt, nl=False)
     for token in stream(network, tokenizer, prompt, config):
+        click.echo(token.text, nl=False)
+    click.echo()
+
+
+def _model_file(path: Path) -> Path:
+    """The file itself, or of a results folder the model written last."""
+    if not path.is_dir():
+        return path
+    kept = sorted(path.glob("models/*.safetensors"), key=lambda path: path.stat().st_mtime)
+    if not kept:
+        raise LabError("The folder must hold a model", f"no {path / 'models'}/*.safetensors", "train one with --out")
+    return kept[-1]
+
+
+@main.command()
+@click.option("--model", required=True, type=click.Path(path_type=Path), help="A model's file, or a results folder.")
+@click.option("--to", "form", type=click.Choice(["hf"]), required=True, help="hf: Llama, as transformers loads it.")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+def export(model: Path, form: str, folder: Path) -> None:
+    """Write a model for other tools into the new folder DIR: its weights, its config and its tokenizer.
+
+    Of a results folder, the model written last is taken. A model that the format cannot express is refused.
+    """
+    from tinylm.checkpoint import load_model
+    from tinylm.exchange import export_hf
+
+    file = _model_file(model)
+    network, tokenizer, _ = load_model(file)
+    click.echo(f"{file} as Llama in {export_hf(network, tokenizer, folder)}")
+
+
+@main.command("import", epilog=_meaning_of(GenerateConfig))
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--prompt", default="", help="What the text begins with.")
+@click.option("--max-seq-len", type=_whole, metavar="N", help="Tokens to look back on; by default at most 2048.")
+@_options_of(GenerateConfig)
+def import_(folder: Path, prompt: str, max_seq_len: int | None, **values) -> None:
+    """Read a Llama-family checkpoint (safetensors) from the folder DIR and write text with it, token by token, up to
+    --max-new-tokens or to where the model ends it."""
+    config = _config(GenerateConfig, values)
+    from tinylm.exchange import import_hf
+    from tinylm.generate import stream
+
+    network, tokenizer = import_hf(folder, max_seq_len)
+    click.echo(prompt, nl=False)
+    for token in stream(network, tokenizer, prompt, config):
+        if token.token_id in tokenizer.ends:
+            break
         click.echo(token.text, nl=False)
     click.echo()
 

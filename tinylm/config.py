@@ -360,5 +360,7 @@ class DataConfig(_Config):
 
 
 def _divisors_near(number: int, near: int) -> str:
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    near = min(near, number)
+    within = range(max(1, near - 1000), min(number, near + 1000) + 1)  # a foreign config may hold any number
+    divisors = [1, *(d for d in within if d > 1 and number % d == 0)]
     return " or ".join(str(d) for d in sorted(sorted(divisors, key=lambda d: abs(d - near))[:3]))

@@ -36,6 +36,7 @@ from tinylm.model import TinyLM
 if TYPE_CHECKING:
     from tinylm.tokenizer import Tokenizer
 
+STEP_UP_TO = 1 << 27  # parameters of a model whose weights a Step may hold a second time
 STAGES = ("model", "repetition_penalty", "temperature", "top_k", "top_p")  # in the order in which they are applied
 
 
@@ -239,7 +240,10 @@ class Decoding:
             self._read([row[-self.slots :] for row in rows])
 
     @functools.cached_property
-    def step(self) -> Step:
+    def step(self) -> Callable[[Tensor, KVCache], Tensor]:
+        """ids (B,) and the cache -> logits (B, V). A large model takes its own pass, which is bound by its weights anyway."""
+        if sum(parameter.numel() for parameter in self.model.parameters()) > STEP_UP_TO:
+            return lambda ids, cache: self._pass(ids[:, None])
         return Step(self.model)
 
     def advance(self, ids: Tensor) -> None:
@@ -266,12 +270,14 @@ class Decoding:
             tokens[longest - len(row) : longest] = row
         padding = torch.tensor([longest - len(row) for row in rows], device=device)
         self.cache = KVCache(self.model.config, len(rows), device, padding=padding)
-        ids = torch.from_numpy(self.tokens[:, :longest]).clamp(min=0).to(device)
+        self._tell(self._pass(torch.from_numpy(self.tokens[:, :longest]).clamp(min=0).to(device)))
+
+    def _pass(self, ids: Tensor) -> Tensor:  # (B, T) -> (B, V), from the last of them
         is_training = self.model.training
         if is_training:  # a model sampled while it trains: dropout off for this pass only
             self.model.eval()
         try:
-            self._tell(self.model(ids, self.cache)[:, -1])
+            return self.model(ids, self.cache)[:, -1]
         finally:
             if is_training:
                 self.model.train()

@@ -48,19 +48,20 @@ class Tokenizer:
     sha256: hash of the kind, the size and every piece with its score, hence of all that decides an encoding.
     token_bytes: int64 (V,), raw bytes each id stands for, 0 for ids that text never becomes, so that
         ``token_bytes[ids].sum()`` is the size of the text in bytes.
+    processor, model_proto: SentencePiece's own, and its file's content; None and empty for ``byte``.
     """
 
     def __init__(self, kind: str, vocab_size: int, model: bytes = b""):
         """``model`` is a serialised SentencePiece model, empty for ``byte``; anything else is a DamagedFileError."""
-        self.kind, self.vocab_size, self._model = kind, vocab_size, model
-        self._processor = None
+        self.kind, self.vocab_size, self.model_proto = kind, vocab_size, model
+        self.processor = None
         if kind == "byte":
             self._bytes = [bytes([value]) for value in range(256)]
             self._pieces = [chr(value) if 32 < value < 127 else f"<0x{value:02X}>" for value in range(256)]
             scores = []
         else:
             try:
-                sp = self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+                sp = self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             except (RuntimeError, TypeError, ValueError) as error:
                 raise DamagedFileError(
                     "A tokenizer must hold a SentencePiece model", str(error), "delete it; it is trained again"
@@ -85,7 +86,7 @@ class Tokenizer:
         self.sha256 = files.sha256_bytes(files.canonical_json([kind, vocab_size, self._pieces, scores]).encode())
 
     def _raw(self, token_id: int) -> bytes:
-        sp = self._processor
+        sp = self.processor
         if sp.is_unknown(token_id) or sp.is_control(token_id):
             return b""
         piece = sp.id_to_piece(token_id)
@@ -112,7 +113,7 @@ class Tokenizer:
             if number:
                 parts.append(np.array(self._space_ids, dtype=np.int32))
             if part:
-                parts += self._processor.encode(_cut(part), return_type="numpy", num_threads=threads)
+                parts += self.processor.encode(_cut(part), return_type="numpy", num_threads=threads)
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -171,8 +172,8 @@ class Tokenizer:
 
     def to_bytes(self) -> bytes:
         """The whole tokenizer, with a checksum; ``from_bytes`` gives it back."""
-        head = {"kind": self.kind, "vocab_size": self.vocab_size, "model_sha256": files.sha256_bytes(self._model)}
-        return _MAGIC + files.canonical_json(head).encode() + b"\n" + self._model
+        head = {"kind": self.kind, "vocab_size": self.vocab_size, "model_sha256": files.sha256_bytes(self.model_proto)}
+        return _MAGIC + files.canonical_json(head).encode() + b"\n" + self.model_proto
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Tokenizer:

@@ -33,6 +33,7 @@ from tinylm.config import ModelConfig, TrainConfig
 from tinylm.errors import ConfigError, LabError, TextError
 from tinylm.files import sha256_bytes
 from tinylm.model import TinyLM
+from tinylm.ranks import ALONE, Ranks
 from tinylm.stack import Lane, Stack, Update
 from tinylm.words import in_kernel
 
@@ -149,16 +150,19 @@ def evaluate(
     eval_tokens: int,
     token_bytes: np.ndarray | None = None,
     arithmetic: dict | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict:
     """Score up to eval_tokens of ``tokens``, each once, in windows of seq_len that do not overlap.
 
     The windows are the head of a shuffle that is always the same: equal arguments score equal tokens, and fewer
-    eval_tokens score a part of them. arithmetic: of the run, as ``backend.resolve`` gives it; None is fp32. Returns
-    val_loss (nats per token), val_bpb (bits per byte of raw text, by token_bytes (V,), the bytes each id stands for;
-    None without) and scored_tokens. Leaves the model in the mode it was in.
+    eval_tokens score a part of them. arithmetic: of the run, as ``backend.resolve`` gives it; None is fp32. ranks: who
+    shares the windows; each gets the whole result. Returns val_loss (nats per token), val_bpb (bits per byte of raw
+    text, by token_bytes (V,), the bytes each id stands for; None without) and scored_tokens. Leaves the model in the
+    mode it was in.
     """
     data = TextDataset.from_tokens(tokens, seq_len, stride=seq_len)
     windows = _shuffle(len(data), "evaluation")[: max(1, eval_tokens // seq_len)]
+    windows = ranks.slice_of(windows)
     device = next(model.parameters()).device
     at_once = max(1, 4096 // seq_len)
     nats, scored, scored_bytes = 0.0, 0, 0
@@ -174,6 +178,9 @@ def evaluate(
             scored_bytes += int(token_bytes[targets.numpy()].sum()) if token_bytes is not None else 0
     finally:
         model.train(was_training)
+    if ranks.size > 1:
+        nats, *counted = ranks.sum(torch.tensor([nats, scored, scored_bytes], dtype=torch.float64)).tolist()
+        scored, scored_bytes = map(int, counted)
     return {
         "val_loss": nats / scored,
         "val_bpb": nats / math.log(2) / scored_bytes if scored_bytes else None,
@@ -223,7 +230,10 @@ class Trainer:
     train_tokens, val_tokens: token ids (tokens,), arrays or memory maps. token_bytes (V,): bytes of raw text each id
     stands for, for val_bpb. checkpoint_dir: where a checkpoint is written every checkpoint_minutes, at a stop and at
     the end, and looked for at the start. progress: a bar, or plain lines without a screen. on_eval: called with each
-    point of the curve. arithmetic: how to compute, where that was resolved before (see ``backend.resolve``).
+    point of the curve. arithmetic: how to compute, where that was resolved before (see ``backend.resolve``). ranks: the
+    processes that train this run together, each with a Trainer of its own and all else equal (see ``ranks``); the losses are
+    those of one process to rounding, and a checkpoint may be gone on with on another number of them. Only the first
+    of them writes, shows progress and calls on_eval.
 
     Weight decay falls on matrices and embeddings, not on norms and biases. Every evaluation before the last scores a
     fixed part of eval_tokens, at most a quarter of them and an eighth of the tokens trained on in between (but 8
@@ -246,11 +256,19 @@ class Trainer:
         progress: bool = False,
         on_eval: Callable[[dict], None] | None = None,
         arithmetic: dict | None = None,
+        ranks: Ranks = ALONE,
     ):
         self.config = config = train_config.resolve(model_config)
+        if config.batch_size < ranks.size:
+            raise ConfigError(
+                "Each process takes at least one window of a micro-step",
+                f"batch_size={config.batch_size} on {ranks.size} processes",
+                "raise batch_size (and lower grad_accum), or start fewer processes",
+            )
         self.arithmetic = backend.resolve(config, model_config) if arithmetic is None else arithmetic
-        backend.apply(self.arithmetic)
-        self.device = torch.device(self.arithmetic["device"])
+        self.ranks, own = ranks, ranks.own(self.arithmetic)
+        backend.apply(own)
+        self.device = torch.device(own["device"])
         self.data = TextDataset.from_tokens(train_tokens, config.seq_len, config.stride)
         self.windows = self.data.subset(config.unique_tokens)
         try:
@@ -261,7 +279,8 @@ class Trainer:
             ) from None
         self.val_tokens, self.token_bytes = val_tokens, token_bytes
         _check_vocabulary(model_config.vocab_size, token_bytes, train=train_tokens, validation=val_tokens)
-        self.progress, self.on_eval = progress, on_eval
+        is_first = ranks.rank == 0
+        self.progress, self.on_eval = progress and is_first, on_eval if is_first else None
 
         self.model = TinyLM(model_config, seed=config.seed).to(self.device)
         self.model.compute_with(backend.product_dtype(self.arithmetic), query_blocks=1)
@@ -282,10 +301,13 @@ class Trainer:
         self._best_weights: dict[str, Tensor] = {}
         self._order: tuple[int, np.ndarray] | None = None  # an epoch and its shuffle
         self._stop = threading.Event()
+        self._all_stop = False  # what the processes agreed on in the last step
 
-        self.checkpoint = Path(checkpoint_dir) / CHECKPOINT_NAME if checkpoint_dir is not None else None
+        self.checkpoint = Path(checkpoint_dir) / CHECKPOINT_NAME if checkpoint_dir is not None and is_first else None
         if self.checkpoint is not None and self.checkpoint.exists():
             self._resume()
+        if ranks.size > 1:
+            self._begin_alike()
 
     def run(self) -> TrainResult:
         """Train to the end, or until stopped; a run that has ended already only gives its result. Ctrl-C stops it at
@@ -339,6 +361,20 @@ class Trainer:
             setattr(self, name, value)
         self.lane.steps = self.step - self._skipped
 
+    def _begin_alike(self) -> None:
+        """Bring the state of the first process, which may have read a checkpoint, to all."""
+        told = self.ranks.tell(
+            {**{name: getattr(self, name) for name in _PROGRESS}, "best": sorted(self._best_weights)}
+        )
+        for tensor in (self.lane.weights, self.lane.first, self.lane.second):
+            self.ranks.copy_from_first(tensor)
+        for name in told.pop("best"):
+            best = self._best_weights.setdefault(name, torch.empty_like(self.model.get_parameter(name)).detach())
+            self.ranks.copy_from_first(best)
+        for name, value in told.items():
+            setattr(self, name, value)
+        self.lane.steps = self.step - self._skipped
+
     @property
     def _tokens_per_step(self) -> int:
         return self.config.windows_per_step * self.config.seq_len
@@ -361,9 +397,10 @@ class Trainer:
         return self.windows[np.concatenate(parts)]
 
     def _batches(self) -> list[tuple[Tensor, Tensor]]:
-        """Inputs and targets (B, T) of this step, one pair for each of its micro-steps."""
+        """Inputs and targets (B, T) of this step, one pair for each of its micro-steps: of each, this process's part."""
         windows, size = self._windows_at(self.step), self.config.batch_size
-        return [self.data.batch(windows[first : first + size]) for first in range(0, len(windows), size)]
+        parts = [self.ranks.slice_of(windows[first : first + size]) for first in range(0, len(windows), size)]
+        return [self.data.batch(part) for part in parts]
 
     def _update(self, loss: float, norm: float) -> Update | None:
         """What the optimizer is to do with a gradient of this length (of the loss as scaled); None is nothing."""
@@ -412,7 +449,12 @@ class Trainer:
     def _randomness(self) -> contextlib.AbstractContextManager:
         if self.model.config.dropout == 0:
             return contextlib.nullcontext()
-        return _drawing_from(self.device, int(_seed("dropout", self.config.seed, self.step)[0]))
+        rank = [self.ranks.rank] if self.ranks.size > 1 else []
+        return _drawing_from(self.device, int(_seed("dropout", self.config.seed, self.step, *rank)[0]))
+
+    def _is_to_stop(self) -> bool:
+        """Processes that train together stop after the same step, or those that go on would wait for the others."""
+        return self._stop.is_set() if self.ranks.size == 1 else self._all_stop
 
     def _evaluate(self) -> None:
         config = self.config
@@ -420,7 +462,8 @@ class Trainer:
         if config.patience is None and self.step < config.max_steps:
             since_last = config.eval_interval * self._tokens_per_step
             tokens = min(tokens, max(8 * config.seq_len, min(tokens // 4, since_last // 8)))
-        score = evaluate(self.model, self.val_tokens, config.seq_len, tokens, self.token_bytes, self.arithmetic)
+        whose = self.token_bytes, self.arithmetic, self.ranks
+        score = evaluate(self.model, self.val_tokens, config.seq_len, tokens, *whose)
         if not math.isfinite(score["val_loss"]):
             return self._diverge(f"validation loss {score['val_loss']}", self.step)
         total, count = self._losses
@@ -510,7 +553,7 @@ def train_together(
 
     def leave(trainer: Trainer) -> None:
         trainer._stop.clear()
-        trainer._stack = None
+        trainer._all_stop, trainer._stack = False, None
         if trainer.checkpoint:
             trainer.save()
         results[id(trainer)] = trainer._result()
@@ -520,10 +563,11 @@ def train_together(
     shown = max((t for t in active if t.progress), key=lambda t: t.config.max_steps - t.step, default=None)
     total, done = (shown.config.max_steps, shown.step) if shown else (0, 0)
     stack = None
-    with progress_bar(total, done, "training", "step", enabled=shown is not None) as bar, _stop_at_interrupt(active):
+    bar = progress_bar(total, done, "training", "step", enabled=shown is not None)
+    with bar, _stop_at_interrupt(active):
         while True:
             for trainer in active:
-                if trainer._status is None and trainer._stop.is_set():
+                if trainer._status is None and trainer._is_to_stop():
                     trainer._end("stopped", f"stopped on request after step {trainer.step}")
             if any(trainer._status for trainer in active):
                 for trainer in [t for t in active if t._status]:
@@ -555,9 +599,13 @@ def _step_together(trainers: list[Trainer], stack: Stack) -> list[float]:
     with first._randomness():
         for micro in zip(*batches, strict=True):
             inputs, targets = (_to_device(torch.stack(parts), first.device) for parts in zip(*micro, strict=True))
-            losses, parts = stack.gradients(inputs, targets, first._loss_scale / len(batches[0]))
+            part = inputs.shape[1] / first.config.batch_size  # 1 where this process is alone
+            losses, parts = stack.gradients(inputs, targets, first._loss_scale / len(batches[0]) * part)
+            losses = losses if part == 1 else losses * part
             total = losses if total is None else total + losses
             gradients = parts if gradients is None else gradients.add_(parts)
+    if first.ranks.size > 1:
+        gradients, total = _summed(trainers, gradients, total)
     numbers = torch.stack([total / len(batches[0]), stack.norms(gradients)]).tolist()  # the one wait for the device
     updates = [trainer._update(*pair) for trainer, *pair in zip(trainers, *numbers, strict=True)]
     stack.update(gradients, updates)
@@ -565,6 +613,16 @@ def _step_together(trainers: list[Trainer], stack: Stack) -> list[float]:
     for trainer in trainers:
         trainer._step_seconds += share
     return numbers[0]
+
+
+def _summed(trainers: list[Trainer], gradients: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients (M, P) and losses (M,) over all processes, in one sum that also tells who is asked to stop."""
+    stops = losses.new_tensor([trainer._stop.is_set() for trainer in trainers])
+    sizes = gradients.numel(), len(losses), len(stops)
+    flat, losses, stops = trainers[0].ranks.sum(torch.cat([gradients.flatten(), losses, stops])).split(sizes)
+    for trainer, votes in zip(trainers, stops.tolist(), strict=True):
+        trainer._all_stop = votes > 0
+    return flat.view(gradients.shape), losses
 
 
 def _seed(*parts: str | int) -> np.ndarray:
@@ -600,10 +658,14 @@ def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
 @contextlib.contextmanager
 def _stop_at_interrupt(trainers: list[Trainer]) -> Iterator[None]:
     """Turn the first Ctrl-C into a stop of all and the second into KeyboardInterrupt, where Ctrl-C has its usual meaning
-    and this is the thread that hears it."""
+    and this is the thread that hears it. Among several processes also SIGTERM, by which torchrun hands on its own end."""
     heard = threading.Event()
-    usual = signal.default_int_handler
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not usual:
+    usual = {signal.SIGINT: signal.default_int_handler}
+    if any(trainer.ranks.size > 1 for trainer in trainers):
+        usual[signal.SIGTERM] = signal.SIG_DFL
+    if threading.current_thread() is not threading.main_thread() or any(
+        signal.getsignal(number) is not handler for number, handler in usual.items()
+    ):
         yield
         return
 
@@ -614,11 +676,13 @@ def _stop_at_interrupt(trainers: list[Trainer]) -> Iterator[None]:
         for trainer in trainers:
             trainer.request_stop()
 
-    signal.signal(signal.SIGINT, handle)
+    for number in usual:
+        signal.signal(number, handle)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, usual)
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
 
 def _sample(tokens: np.ndarray) -> np.ndarray:

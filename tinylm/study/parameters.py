@@ -104,7 +104,8 @@ class StudyParameters(_Config):
     text: a name from tinylm.corpora.NAMES or a path; empty is ``verse``, and for the smoke preset the generated ``zipf-markov``,
     which needs no network. results_dir: where records, tables, figures and the report go, relative to the repository; empty is
     a folder in results/local named after the study, with the preset and the text in its name where they are not the usual ones.
-    workers: processes that train side by side; 0 is one a core.
+    workers: processes that train side by side; 0 is one a core. cluster: where they are: empty is this machine, ``local`` a
+    Dask cluster started on it, else the address of a Dask scheduler, whose workers there are.
     """
 
     text: str = ""
@@ -112,6 +113,7 @@ class StudyParameters(_Config):
     vocab_size: int = 512
     results_dir: str = ""
     workers: int = 0
+    cluster: str = ""
     seed: int = 0
 
     study: typing.ClassVar[str] = ""

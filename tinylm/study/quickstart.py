@@ -23,6 +23,7 @@ from tinylm import counts, files
 from tinylm.config import GenerateConfig, TrainConfig
 from tinylm.errors import LabError, TextError
 from tinylm.study import forecasts, planner, plots, scaling
+from tinylm.study.cluster import study_pool
 from tinylm.study.design import (
     LADDER,
     Point,
@@ -35,9 +36,9 @@ from tinylm.study.design import (
     tune,
 )
 from tinylm.study.parameters import QuickstartParameters, repository, within_repository
-from tinylm.study.report import Report, interval
+from tinylm.study.report import Report, interval, write_table
 from tinylm.study.runs import Folder, Run, about_corpus, prepare_corpus
-from tinylm.study.sweep import sweep, worker_pool
+from tinylm.study.sweep import sweep
 from tinylm.words import duration, quantity
 
 SMALLEST_TEXT = 2_000_000  # bytes; below it the runs of an isoFLOP family would repeat the text many times
@@ -124,7 +125,7 @@ class Study:
         self.workers = settings.workers or None
         self.report = Report(self.folder, self.title.format(text=corpus["name"]))
         self.findings: list[str] = []
-        self._pool = worker_pool(self.workers)
+        self._pool = study_pool(settings.cluster, self.workers)
         self._executor = None
 
     # Training -------------------------------------------------------------------------------------------------------------
@@ -214,7 +215,7 @@ class Study:
         table = pd.DataFrame(
             [{"runs": n, "mean": frame.val_loss.mean(), "sd": sd, "sd_low_90": low, "sd_high_90": high}]
         )
-        files.write_whole(self.folder / "tables" / "seeds.csv", table.to_csv(index=False))
+        write_table(self.folder / "tables" / "seeds.csv", table)
         self.findings.append(f"The seed alone moves the loss by {sd:.3f} nats (standard deviation of {n} runs).")
 
     def _again(self) -> str:
@@ -222,7 +223,7 @@ class Study:
         words = "tinylm study --results-dir FOLDER"
         for field in dataclasses.fields(self.settings):
             value = getattr(self.settings, field.name)
-            if value != field.default and field.name not in ("results_dir", "workers"):
+            if value != field.default and field.name not in ("results_dir", "workers", "cluster"):
                 text = ",".join(f"{v:g}" for v in value) if isinstance(value, tuple) else str(value)
                 words += f" -p {field.name} {shlex.quote(text)}"
         return words
@@ -325,7 +326,7 @@ class Study:
             "val_loss",
             "val_bpb",
         ]
-        files.write_whole(self.folder / "tables" / "runs.csv", runs[columns].to_csv(index=False, float_format="%.10g"))
+        write_table(self.folder / "tables" / "runs.csv", runs[columns])
         arithmetic = (Folder(self.folder).shared("arithmetic") or {}).get("machine", {})
         self.report.section("How this was made")
         self.report.text(

@@ -69,7 +69,7 @@ class Report:
     def table(self, frame: pd.DataFrame, name: str, caption: str, /, **formats: str) -> None:
         """A table: whole as tables/<name>.csv, rounded in the text. ``formats`` are format specs by column, such as
         ``params_total=",.0f"``; only the columns they name are shown, under headings that a person reads."""
-        write_whole(self.folder / "tables" / f"{name}.csv", frame.to_csv(index=False, float_format="%.10g"))
+        write_table(self.folder / "tables" / f"{name}.csv", frame)
         shown = frame[list(formats)] if formats else frame
         specs = [formats.get(column, "") for column in shown.columns]
         rows = [
@@ -106,6 +106,19 @@ class Report:
         return write_whole(
             self.folder / "README.md", "\n\n".join(filter(None, [f"# {self.title}", self.first, *self.pieces])) + "\n"
         )
+
+
+def write_table(path: Path, frame: pd.DataFrame) -> Path:
+    """A table as CSV that pandas, polars and spreadsheets open as it is: numbers to ten digits, those of a column of floats
+    all written as such (polars guesses a column's type from its first hundred rows), and the mark by which Excel knows
+    UTF-8 where there is more than ASCII."""
+    text = frame.to_csv(index=False, float_format=_as_float)
+    return write_whole(path, text.encode("ascii" if text.isascii() else "utf-8-sig"))
+
+
+def _as_float(value: float) -> str:
+    text = f"{value:.10g}"
+    return text if set(text) & set(".en") else text + ".0"  # 1.5, 1e+11, inf, nan
 
 
 def _cell(value: object, spec: str) -> str:

@@ -31,6 +31,7 @@ from pathlib import Path
 from tinylm import counts, files
 from tinylm.config import DataConfig, ModelConfig, TrainConfig
 from tinylm.errors import ConfigError, DamagedFileError, LabError, TextError
+from tinylm.ranks import ALONE, LostProcess, Ranks
 
 if typing.TYPE_CHECKING:
     import pandas
@@ -243,6 +244,12 @@ def table(records: list[dict], tags: list[dict] | None = None) -> pandas.DataFra
         frame[name] = pandas.to_numeric(frame[name])
         if frame[name].isna().all():
             frame[name] = frame[name].astype("float64")
+    for (
+        name
+    ) in names:  # a tag that is text in one study and a number in another is text: elsewhere columns have one type
+        kinds = {isinstance(value, str) for value in frame[name] if not pandas.isna(value)}
+        if len(kinds) == 2:
+            frame[name] = [None if pandas.isna(value) else str(value) for value in frame[name]]
     return frame
 
 
@@ -338,6 +345,9 @@ class Folder:
         """The record of a run, None where there is none."""
         path = self.runs / f"{run_id}.json"
         return read_record(path) if path.exists() else None
+
+    def has_record(self, run_id: str) -> bool:
+        return (self.runs / f"{run_id}.json").exists()
 
     def result(self, run_id: str) -> dict | None:
         """The record of a run that need not be trained (again)."""
@@ -580,27 +590,45 @@ def train_run(
     home: str | os.PathLike | None = None,
     keep_model: bool = False,
     progress: bool = False,
-) -> dict:
+    ranks: Ranks = ALONE,
+) -> dict | None:
     """Train one run here and now, and return its record; a run that is recorded already is not trained again.
 
     home: the lab's cache, where it is not the usual one. keep_model: also save the model, to
     models/<run_id>.safetensors; a run recorded without its model stays without. Checkpoints are kept under results_dir
     until the record is written, so that a run which was interrupted goes on from there, bit for bit. A run that
     diverges, or fails by an error of the training itself, is recorded with the reason; LabErrors (a wrong text, a full
-    disk, another machine's folder) are raised.
+    disk, another machine's folder) are raised. ranks: the processes that train the run together; each of them calls this,
+    all but the first get None. How many they are is no part of the identity, which they share the threads of.
     """
     home = None if home is None else str(home)
     _use_home(home)
+    if ranks.rank > 0:
+        return _follow(ranks)
     folder = Folder(results_dir)
     task = folder.task(run, home, keep_model)
     if task and (record := folder.result(task.run_id)):
         folder.check_own_text(run)
-        return record
-    folder.admit([(run, prepare_corpus(run, progress))])
-    (record,) = perform([folder.task(run, home, keep_model)], progress)
+    else:
+        folder.admit([(run, prepare_corpus(run, progress))])
+        (record,) = perform([folder.task(run, home, keep_model)], progress, ranks)
+    ranks.tell(None)  # there is nothing more to follow in
     if record["status"] == "stopped" and not _stop.is_set():  # the Trainer took a Ctrl-C to write a last checkpoint
         raise KeyboardInterrupt
     return record
+
+
+def _follow(ranks: Ranks) -> None:
+    """Train along in what the first process trains, and leave no trace of it."""
+    from tinylm.train import train_together
+
+    result = None
+    while told := ranks.tell():
+        task = Task(**{**told, "run": Run.from_dict(told["run"])})
+        _check_machine(task)
+        (result,) = train_together([_trainer(task, None, False, ranks)])
+    if result and result.status == "stopped":
+        raise KeyboardInterrupt
 
 
 def _use_home(home: str | None) -> None:
@@ -608,13 +636,13 @@ def _use_home(home: str | None) -> None:
         os.environ["TINYLM_HOME"] = home
 
 
-def perform(tasks: list[Task], progress: bool = False) -> list[dict]:
+def perform(tasks: list[Task], progress: bool = False, ranks: Ranks = ALONE) -> list[dict]:
     """Train tasks of one stack (see ``stack_key``) in this process, together, and write each record when its run ends;
     what workers are sent. Returns the records in order (see ``train_run``).
 
     Where another process trains one of the runs in the same folder, wait and take its record. A run that was asked to
     stop gives a record of status ``stopped``, which is not written. Where the stack fails as a whole, each run is tried
-    alone, so that it fails for a reason of its own.
+    alone, so that it fails for a reason of its own. ranks: the processes that train a single task together.
     """
     _use_home(tasks[0].home)
     folder = Folder(tasks[0].results_dir)
@@ -630,7 +658,7 @@ def perform(tasks: list[Task], progress: bool = False) -> list[dict]:
         elif todo:
             _check_machine(todo[0])
             try:
-                records |= _train(todo, folder, progress)
+                records |= _train(todo, folder, progress, ranks)
             except (LabError, OSError):  # where locks do not hold: another was faster, and tidied up
                 if not all(folder.result(task.run_id) for task in todo):
                     raise
@@ -642,7 +670,7 @@ def perform(tasks: list[Task], progress: bool = False) -> list[dict]:
                     folder.clear_checkpoint(todo[0].run_id)
     for task in tasks:
         if task.run_id not in records:
-            (records[task.run_id],) = perform([task], progress)
+            (records[task.run_id],) = perform([task], progress, ranks)
     return [records[task.run_id] for task in tasks]
 
 
@@ -665,14 +693,15 @@ def _check_machine(task: Task) -> None:
         )
 
 
-def _train(tasks: list[Task], folder: Folder, progress: bool) -> dict[str, dict]:
+def _train(tasks: list[Task], folder: Folder, progress: bool, ranks: Ranks = ALONE) -> dict[str, dict]:
     """Train tasks together; their records by run_id, those that ended written and tidied up."""
     from tinylm.checkpoint import save_model
     from tinylm.train import train_together
 
     started = _now()
     records = {}
-    trainers = [_trainer(task, folder, progress) for task in tasks]
+    ranks.tell({**dataclasses.asdict(tasks[0]), "run": tasks[0].run.to_dict()} if ranks.size > 1 else None)
+    trainers = [_trainer(task, folder, progress, ranks) for task in tasks]
     task_of = {id(trainer): task for trainer, task in zip(trainers, tasks, strict=True)}
 
     def end(trainer: typing.Any, result: typing.Any) -> None:
@@ -682,7 +711,8 @@ def _train(tasks: list[Task], folder: Folder, progress: bool) -> dict[str, dict]
             about = {"run_id": task.run_id, "text": task.corpus["name"], "val_loss": result["val_loss"]}
             tokenizer = _corpus_of(task).tokenizer
             save_model(folder.path / model_file, trainer.model, tokenizer=tokenizer, metadata=about)
-        records[task.run_id] = record = _record(task, {**result, "model_file": model_file}, started, len(tasks))
+        result |= {"model_file": model_file}
+        records[task.run_id] = record = _record(task, result, started, len(tasks), ranks.size)
         if result["status"] != "stopped":
             write_record(folder.path, record)
             folder.clear_checkpoint(task.run_id)
@@ -700,10 +730,13 @@ def _train(tasks: list[Task], folder: Folder, progress: bool) -> dict[str, dict]
         _trainers.difference_update(trainers)
 
 
-def _trainer(task: Task, folder: Folder, progress: bool) -> typing.Any:
+def _trainer(task: Task, folder: Folder | None, progress: bool, ranks: Ranks) -> typing.Any:
+    """A Trainer that goes on from the folder's checkpoint where there is one; without a folder it leaves no trace."""
     from tinylm.train import Trainer
 
     corpus = _corpus_of(task)
+    checkpoint_dir = folder.checkpoints / task.run_id if folder else None
+    note = (lambda point: folder.note_progress(task.run_id, point["step"], point["seconds"])) if folder else None
 
     def build() -> Trainer:
         return Trainer(
@@ -712,20 +745,21 @@ def _trainer(task: Task, folder: Folder, progress: bool) -> typing.Any:
             corpus.train,
             corpus.val,
             token_bytes=corpus.tokenizer.token_bytes,
-            checkpoint_dir=folder.checkpoints / task.run_id,
+            checkpoint_dir=checkpoint_dir,
             progress=progress,
-            on_eval=lambda point: folder.note_progress(task.run_id, point["step"], point["seconds"]),
+            on_eval=note,
             arithmetic=task.arithmetic,
+            ranks=ranks,
         )
 
     try:
         return build()
     except LabError as error:
-        if not (folder.checkpoints / task.run_id).exists():
+        if isinstance(error, LostProcess) or checkpoint_dir is None or not checkpoint_dir.exists():
             raise
         # A checkpoint that cannot be used is given up: the run starts again, to the same numbers.
         warnings.warn(f"run {task.run_id} starts again: {error}", stacklevel=2)
-        shutil.rmtree(folder.checkpoints / task.run_id)
+        shutil.rmtree(checkpoint_dir)
         return build()
 
 
@@ -748,7 +782,7 @@ _NOTHING = {
 }
 
 
-def _record(task: Task, result: dict, started: str, together: int = 1) -> dict:
+def _record(task: Task, result: dict, started: str, together: int = 1, processes: int = 1) -> dict:
     from tinylm import backend
 
     run = task.run
@@ -767,6 +801,7 @@ def _record(task: Task, result: dict, started: str, together: int = 1) -> dict:
             "arithmetic": task.arithmetic,
             "path": backend.words(task.arithmetic),
             "trained_together": together,
+            "processes": processes,
             "numerics_revision": task.numerics_revision,
             "parameters": counts.parameters(run.model),
             "flops": run.flops * result["steps"] // train.max_steps,

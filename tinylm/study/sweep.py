@@ -226,8 +226,9 @@ def sweep(
     kill or a full disk lose nothing finished, and runs under way go on from their checkpoints, bit for bit, when the
     sweep is started again.
 
-    workers: processes to start, None is one a processor. executor: any ``concurrent.futures.Executor`` to use instead
-    (a ``worker_pool`` for several sweeps; threads of one process train one at a time). keep_models: save the trained
+    workers: processes to start, None is one a processor. executor: any ``concurrent.futures.Executor`` to use instead (a
+    ``worker_pool`` for several sweeps, ``Client(address).get_executor(pure=False)`` for a Dask cluster; threads of one
+    process train one at a time), of which ``workers`` then says how many tasks it takes at once. keep_models: save the trained
     models under results_dir/models, all or those for which ``keep_models(run)`` is true; a run recorded without its
     model stays without. dry_run: train nothing, print what would be done and what it costs, and return the plan as a
     table (``status`` is "to train" where no record is found, ``seconds`` an estimate). stack: how many runs of one shape
@@ -324,11 +325,11 @@ def _train_all(
     """Train all tasks, packed in stacks, and return their records by run_id."""
     pool = WorkerPool(min(workers, len(todo))) if executor is None else executor
     own = isinstance(pool, WorkerPool)
-    show.workers = pool.workers if own else workers
+    show.workers = getattr(pool, "workers", None) or workers
     stacks = pack(todo, show.workers, height)
     # Our own pool is handed one stack a worker at a time: if it breaks, only those few may be the cause. Another
     # executor, whose size is not known, gets all at once.
-    room = pool.workers if own else len(stacks)
+    room = pool.workers if own else len(todo)
     waiting = deque(stacks)
     suspects: deque[list[Task]] = deque()  # were being trained when a worker was killed; tried again one at a time
     crashes: dict[str, int] = {}
@@ -362,14 +363,18 @@ def _train_all(
                 error = concurrent.futures.CancelledError() if future.cancelled() else future.exception()
                 if error is None:
                     for task, record in zip(running.pop(future), future.result(), strict=True):
-                        settle(task, record)
-                elif isinstance(error, concurrent.futures.BrokenExecutor):
+                        # What a worker elsewhere wrote may not be seen here yet, or never: the same record serves.
+                        unseen = not own and record["status"] != "stopped" and not folder.has_record(task.run_id)
+                        settle(task, record, write=unseen)
+                elif isinstance(error, (concurrent.futures.BrokenExecutor, concurrent.futures.CancelledError)):
                     broken = error
                 elif isinstance(error, (LabError, OSError)):
                     raise error
+                elif len(stack := running.pop(future)) > 1:  # a worker was lost with it, perhaps by one of its runs
+                    waiting.extend([task] for task in stack)
                 else:  # an executor's own trouble: the engine's task gives a record for anything that training raises
-                    for task in running.pop(future):
-                        settle(task, failed_record(task, f"{type(error).__name__}: {error}"), write=True)
+                    (task,) = stack
+                    settle(task, failed_record(task, f"{type(error).__name__}: {error}"), write=True)
             if broken:
                 if not own:
                     raise LabError(
