@@ -233,7 +233,7 @@ def test_copies_of_rows_do_not_make_a_fit_surer():
     thrice = fit_surface(*(np.tile(v, 3) for v in (N, D, L)), bootstrap=300)
     assert any("100 of 150 rows are exact copies" in w for w in thrice.warnings) and not once.warnings
     widths = [np.diff(fit.intervals["alpha"])[0] for fit in (once, thrice)]
-    assert widths[1] == pytest.approx(widths[0], rel=0.1)
+    assert widths[1] == pytest.approx(widths[0], rel=0.2)
     assert thrice.params == pytest.approx(once.params, rel=1e-4)
 
 
@@ -268,17 +268,74 @@ def test_the_profile_limit_of_least_squares_is_the_f_test():
     assert profile_threshold(r, np.ones(20000), 3, "lad", 1e-3) == pytest.approx(exact, rel=0.1)
 
 
-def test_leverage_makes_a_straight_line_as_unsure_as_hc3_does():
+def test_a_rows_pull_is_its_leverage_and_a_clusters_that_of_its_worst_direction():
     x = np.array([1.0, 1.5, 2.0, 2.5, 30.0, 40.0, 55.0])
-    y = 3 * x**-0.2 * np.exp(0.01 * np.random.default_rng(1).standard_normal(7))
-    design = np.stack([np.ones(7), -np.log(x)], axis=1)
+    design, w = np.stack([np.ones(7), -np.log(x)], axis=1), np.linspace(1, 2, 7)
+    hat = (
+        np.sqrt(w)[:, None]
+        * design
+        @ np.linalg.inv(design.T @ (w[:, None] * design))
+        @ (np.sqrt(w)[:, None] * design).T
+    )
+    np.testing.assert_allclose(scaling._pulls(design, w, np.arange(7)), np.diag(hat), rtol=1e-9)
+    units = np.array([0, 0, 0, 1, 1, 2, 3])
+    worst = [np.linalg.eigvalsh(hat[np.ix_(units == g, units == g)])[-1] for g in range(4)]
+    np.testing.assert_allclose(scaling._pulls(design, w, units), np.minimum(worst, 2 / 3), rtol=1e-9)
+
+
+def test_resamples_of_a_straight_line_spread_as_hc3_with_students_t():
+    x = np.geomspace(1, 100, 40)
+    sd = np.where(np.arange(40) % 10 == 0, 0.05, 0.01)  # of unequal noise
+    y = 3 * x**-0.2 * np.exp(sd * np.random.default_rng(1).standard_normal(40))
+    fit = fit_power(x, y, objective="lsq", bootstrap=4000)
+    design = np.stack([np.ones(40), -np.log(x)], axis=1)
     inverse = np.linalg.inv(design.T @ design)
-    r = np.log(y) - design @ inverse @ design.T @ np.log(y)
     pull = np.einsum("ij,jk,ik->i", design, inverse, design)
-    scores = {power: design * (r / (1 - pull) ** power)[:, None] for power in (0, 1)}
-    before, after = (inverse @ s.T @ s @ inverse for s in scores.values())
-    grow = scaling._leverage_map(design, r, np.ones(7), np.arange(7))
-    np.testing.assert_allclose(grow @ before @ grow.T, after, rtol=1e-8)
+    scores = design * (fit.data["residual"].to_numpy() / (1 - pull))[:, None]
+    hc3 = np.sqrt((inverse @ scores.T @ scores @ inverse)[1, 1])
+    low, high = fit.intervals["alpha"]
+    assert (high - low) / 2 == pytest.approx(stats.t.ppf(0.975, 38) * hc3, rel=0.1)
+
+
+def weak_rows(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Three tiny budgets of three sizes each and two cuts through them, as noisy as the tiniest runs are."""
+    rng = np.random.default_rng(seed)
+    C = np.repeat([1e9, 2e9, 4e9], 3)
+    N = np.append(np.tile([6e3, 1e4, 1.4e4], 3), [6e3, 1e4, 6e3, 6e3, 6e3])
+    D = np.append(C / 6 / N[:9], [4e4, 4e4, 2e4, 3e4, 9e4])
+    return N, D, (4.0 * (D / 2e4) ** -0.03 + 0.8 * (N / 6e3) ** -0.1) * np.exp(0.01 * rng.standard_normal(len(N)))
+
+
+@pytest.mark.parametrize("objective", scaling.OBJECTIVES)
+@pytest.mark.parametrize("seed", range(2))
+def test_an_interval_from_weak_rows_holds_its_own_prediction_and_stays_sane(seed, objective):
+    N, D, L = weak_rows(seed)
+    fit = fit_surface(N, D, L, objective=objective, bootstrap=60, seed=seed)
+    for seed_sd in (0.0, 0.05):
+        told = fit.predict(np.append(N, 2e4), np.append(D, 2e5), seed_sd=seed_sd)
+        assert (told["low"] <= told["loss"]).all() and (told["loss"] <= told["high"]).all()
+        assert told["high"].max() < 2 * L.max() and told["low"].min() > 0.25 * L.min()
+    assert all(fit.intervals[name][0] <= value <= fit.intervals[name][1] for name, value in fit.params.items())
+    assert fit.a_interval[0] <= fit.a <= fit.a_interval[1]
+    assert fit.status["E"] != "identified" and fit.intervals["E"][1] <= L.max()
+
+
+def test_an_interval_reaches_a_prediction_that_all_refits_miss():
+    draws = np.random.default_rng(0).uniform(3.0, 3.1, (500, 1))
+    low, high = prediction_interval(draws, 0.0, np.array([2.9]))
+    assert low[0] == 2.9 and 3.09 < high[0] < 3.1
+    low, high = prediction_interval(draws, 0.1, np.array([2.9]))
+    assert low[0] == pytest.approx(2.9 - 1.96 * 0.1, abs=1e-3)
+    assert high[0] == prediction_interval(draws, 0.1)[1][0]
+
+
+def test_a_floor_that_ends_at_zero_may_still_be_large():
+    N, D, L = weak_rows(1)
+    fit = fit_surface(N, D, L, bootstrap=60)
+    assert fit.params["E"] == 0
+    assert fit.intervals["E"][1] > 0.25 * L.min() and fit.status["E"] == "not identified"
+    assert "identified" not in {*fit.status.values(), fit.a_status}
+    assert any("A floor up to" in said for said in fit.warnings)
 
 
 def test_two_sizes_do_not_make_a_law_in_size():

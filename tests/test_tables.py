@@ -104,7 +104,7 @@ def test_a_rule_drops_what_it_says_and_no_more(write, rule, lines):
         ("loss", "compares"),
         ("lost>4", "'lost'"),
         ("loss>four", "number"),
-        ("loss>0", "drop all"),
+        ("loss>0", "drop every row"),
         ("epochs>1", "'epochs'"),
     ],
 )

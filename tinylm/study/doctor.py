@@ -294,8 +294,8 @@ def clustered_intervals(fit: Fit, clusters: object, bootstrap: int = 1000, seed:
     draws = resampled(
         form, problem.theta, problem.X, problem.y, problem.w, units, fit.objective, fit.delta, bootstrap, seed
     )
-    again = dataclasses.replace(fit, samples=form.natural(draws, problem.centre), widening=1.0)
-    found = percentile_intervals(fit.params, again.samples, 1.0)
+    again = dataclasses.replace(fit, samples=form.natural(draws, problem.centre))
+    found = percentile_intervals(fit.params, again.samples)
     return {**found, "a": again.a_interval} if "beta" in fit.params else found
 
 
@@ -554,7 +554,9 @@ def _verdict(name, value, interval, profile, own, fit, without, far, moved, free
             fall("weak", f"the objective allows {ends}, {wider:.1f} times its interval")
     if without is not None and np.isfinite(low):
         far_off = (
-            abs(np.log(max(without, 1e-300) / value)) > 0.4 if name in COEFFICIENTS else abs(without - value) > 0.1 * abs(value)
+            abs(np.log(max(without, 1e-300) / value)) > 0.4
+            if name in COEFFICIENTS
+            else abs(without - value) > 0.1 * abs(value)
         )
         if far_off or not low <= without <= high:
             fall("weak", f"{far} outlying row{'s' if far > 1 else ''} decided it: {without:.4g} without")

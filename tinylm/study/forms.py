@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 OBJECTIVES = ("huber", "lsq", "lad")
-LEAST = -30.0  # log of the smallest term, relative to the typical loss, that the optimiser can tell from zero
+LEAST = -16.0  # log of the smallest term, relative to the typical loss, that the optimiser can tell from zero
 LAD_DELTA = 1e-9  # absolute deviations are the limit of Huber's objective: at this delta the two agree to 1e-9 a row
 LEAST_EXPONENT = 1e-2  # of a data-constrained law: without positive exponents no size suits the tokens
 REPEATS = (1e-2, 1e4)  # limits of R_D and R_N: beyond them repeats are worth nothing, or as much as what is new

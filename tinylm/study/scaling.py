@@ -20,7 +20,6 @@ from tinylm.study.forms import (
     DATA_CONSTRAINED,
     GROWTH,
     LAD_DELTA,
-    LEAST,
     OBJECTIVES,
     POWER,
     POWER_FLOOR,
@@ -97,9 +96,7 @@ class Fit:
     form: ``power`` y = E + A x^-alpha (or without E), ``growth`` y = k x^a, ``surface`` L = E + A/N^alpha + B/D^beta,
         ``data-constrained`` the surface of what repeated tokens are worth (``forms.DataConstrained``).
     value: the summed objective on log residuals: Huber's rho, the squares (lsq) or the absolute values (lad).
-    intervals: 95 % percentile bootstrap. samples: one row of natural parameters a resample (see ``resampled``).
-    widening: factor on deviations from the estimate in every interval; 1 for fits made here, whose samples are as wide
-        as they should be.
+    intervals: 95 %, percentiles of the bootstrap. samples: one row of natural parameters a resample (see ``resampled``).
     status: ``identified``, ``weak`` or ``not identified`` for each parameter (``not assessed`` without a bootstrap), by
         the rule in ``identification``; ``a_status`` the same for the exponent of N_opt in C.
     starts_agreeing: starts whose objective ends within 1e-6, relative, of the best.
@@ -122,7 +119,6 @@ class Fit:
     status: dict[str, str] = dataclasses.field(default_factory=dict)
     warnings: list[str] = dataclasses.field(default_factory=list)
     samples: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)
-    widening: float = 1.0
     condition: float = float("nan")
     data: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)
     a_status: str = "not assessed"
@@ -145,7 +141,7 @@ class Fit:
         centre = evaluate_law(self.form, self.params, *arrays)
         if len(self.samples):
             draws = evaluate_law(self.form, self.samples, *arrays)
-            low, high = prediction_interval(draws, seed_sd, centre, self.widening)
+            low, high = prediction_interval(draws, seed_sd, centre)
         else:
             low = high = np.full(len(centre), np.nan)
         name = "value" if self.form == "growth" else "loss"
@@ -171,7 +167,7 @@ class Fit:
         # A resample whose exponents are not positive has no optimum; it stands in the interval as none.
         usable = self.samples.query("alpha > 0 and beta > 0") if len(self.samples) else self.samples
         if len(usable):
-            table["params_low"], table["params_high"] = prediction_interval(size(usable), 0.0, N, self.widening)
+            table["params_low"], table["params_high"] = prediction_interval(size(usable), 0.0, N)
         return table
 
     @property
@@ -185,7 +181,7 @@ class Fit:
     def a_interval(self) -> tuple[float, float]:
         if "beta" in self.params and len(self.samples):
             draws = self.samples["beta"] / (self.samples["alpha"] + self.samples["beta"])
-            return _percentiles(draws, self.a, self.widening, positive=False)
+            return _percentiles(draws, self.a)
         return self.intervals.get("a", (float("nan"), float("nan")))
 
     def table(self) -> pd.DataFrame:
@@ -242,7 +238,6 @@ class Fit:
             "value": finite(self.value),
             "params": {name: finite(v) for name, v in self.params.items()},
             "intervals": {name: [finite(v) for v in pair] for name, pair in self.intervals.items()},
-            "widening": self.widening,
             "starts": self.starts,
             "starts_agreeing": self.starts_agreeing,
             "status": dict(self.status),
@@ -261,54 +256,47 @@ def finite(value: float) -> float | None:
 
 
 def prediction_interval(
-    draws: np.ndarray, seed_sd: float = 0.0, centre: np.ndarray | None = None, widening: float = 1.0
+    draws: np.ndarray, seed_sd: float = 0.0, centre: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Central 95 % interval of positive draws (R, points) blurred by a normal of standard deviation seed_sd: quantiles
-    of the mixture, solved for rather than sampled, so the same fit gives the same interval. Returns low and high,
-    (points,).
+    """Central 95 % interval of draws (R, points) blurred by a normal of standard deviation seed_sd: quantiles of the
+    mixture, solved for rather than sampled, so the same fit gives the same interval. Returns low and high, (points,).
 
-    widening stretches the draws about ``centre`` (points,) on a log scale.
+    The interval reaches the prediction ``centre`` (points,), blurred as well, also where the refits of weak rows lie to
+    one side of it: their percentiles are right about where fits may lie but need not hold the one at hand. Reaching out
+    to it can only cover more; to shift or mirror the refits instead would leave what a fit can be.
     """
     if seed_sd < 0:
         raise LabError("The spread between seeds must not be negative", f"seed_sd={seed_sd}")
-    if widening != 1:
-        draws = centre * (draws / centre) ** widening
     tails = (0.5 * (1 - LEVEL), 0.5 * (1 + LEVEL))
     if not seed_sd:
-        low, high = np.quantile(draws, tails, axis=0)
-        return low, high
-    ends = []
-    for tail in tails:
-        low = draws.min(axis=0) - 10 * seed_sd
-        high = draws.max(axis=0) + 10 * seed_sd
-        for _ in range(60):
-            middle = 0.5 * (low + high)
-            below = special.ndtr((middle - draws) / seed_sd).mean(axis=0) < tail
-            low, high = np.where(below, middle, low), np.where(below, high, middle)
-        ends.append(0.5 * (low + high))
+        ends = [*np.quantile(draws, tails, axis=0)]
+    else:
+        ends = []
+        for tail in tails:
+            low = draws.min(axis=0) - 10 * seed_sd
+            high = draws.max(axis=0) + 10 * seed_sd
+            for _ in range(60):
+                middle = 0.5 * (low + high)
+                below = special.ndtr((middle - draws) / seed_sd).mean(axis=0) < tail
+                low, high = np.where(below, middle, low), np.where(below, high, middle)
+            ends.append(0.5 * (low + high))
+    if centre is not None:
+        reach = special.ndtri(tails[1]) * seed_sd
+        ends = [np.minimum(ends[0], centre - reach), np.maximum(ends[1], centre + reach)]
     return ends[0], ends[1]
 
 
-def _percentiles(samples: object, centre: float, widening: float, positive: bool) -> tuple[float, float]:
-    """Percentile interval of samples (R,), stretched about the estimate, on a log scale for what is positive."""
-    low, high = np.quantile(np.asarray(samples, float), [0.5 * (1 - LEVEL), 0.5 * (1 + LEVEL)])
-    if positive:
-        return float(centre * (low / centre) ** widening), float(centre * (high / centre) ** widening)
-    return float(centre + (low - centre) * widening), float(centre + (high - centre) * widening)
+def _percentiles(samples: object, value: float) -> tuple[float, float]:
+    """Percentile interval of samples (R,), which reaches the estimate (see ``prediction_interval``)."""
+    low, high = prediction_interval(np.asarray(samples, float), 0.0, value)
+    return float(low), float(high)
 
 
-def percentile_intervals(
-    params: dict[str, float], samples: pd.DataFrame, widening: float
-) -> dict[str, tuple[float, float]]:
+def percentile_intervals(params: dict[str, float], samples: pd.DataFrame) -> dict[str, tuple[float, float]]:
+    """Percentile intervals of the parameters from samples of them; NaN without any."""
     if not len(samples):
         return dict.fromkeys(params, (np.nan, np.nan))
-    found = {
-        name: _percentiles(samples[name], value, widening, positive=name in COEFFICIENTS)
-        for name, value in params.items()
-    }
-    if "E" in found:  # a floor below zero is none
-        found["E"] = (max(0.0, found["E"][0]), found["E"][1])
-    return found
+    return {name: _percentiles(samples[name], value) for name, value in params.items()}
 
 
 def identification(name: str, value: float, interval: tuple[float, float], freedom: int) -> str:
@@ -506,6 +494,7 @@ def _fit(form, inputs, y, names, objective, delta, bootstrap, clusters, weights,
     chosen = int(least[1] <= least[0] * (1 + 1e-6) and (polished[1, len(form.terms) :] > 0).all())
     theta, least = polished[chosen : chosen + 1], least[chosen : chosen + 1]
     agrees = values <= least[0] * (1 + 1e-6) + 1e-14 * n * min(last, 1.0)
+    agrees[near[chosen]] = True
     m, state = form.evaluate(theta, X)
     r = log_y - m[0]
     value = {"huber": huber(r, delta), "lsq": r**2, "lad": np.abs(r)}[objective] @ w
@@ -542,15 +531,23 @@ def _fit(form, inputs, y, names, objective, delta, bootstrap, clusters, weights,
     total, agreeing = int(times.sum()), int(times[agrees].sum())
     if agreeing < 0.1 * total:
         warnings.append(f"Only {agreeing} of {total} starts reach the best optimum: it may not be the global one.")
-    intervals = percentile_intervals(fitted, samples, 1.0)
+    intervals = percentile_intervals(fitted, samples)
+    limit = profile_threshold(r, w, p, objective, delta)
+    leaning = False
+    if fitted.get("E") == 0 and len(samples):
+        most = _largest_floor(form, theta, X, log_y, w, last, least[0] + limit, centre)
+        intervals["E"] = (0.0, max(most, intervals["E"][1]))
+        leaning = intervals["E"][1] > 0.25 * y.min()
     status = {
         name: "not assessed"
         if not bootstrap
         else "not identified"
         if name in reasons
-        else identification(name, fitted[name], intervals[name], freedom)
+        else identification(name, fitted[name], intervals[name], 1 if leaning else freedom)
         for name in form.params
     }
+    if leaning:
+        warnings.append(f"A floor up to {intervals['E'][1]:.3g} fits as well, with other exponents: these are weak.")
     J = form.jacobian(state, X)[0] * np.sqrt(w)
     data = pd.DataFrame(
         dict(zip(names, inputs, strict=True))
@@ -575,13 +572,27 @@ def _fit(form, inputs, y, names, objective, delta, bootstrap, clusters, weights,
     )
     if bootstrap and "beta" in fitted:
         told_apart = not {"alpha", "beta"} & set(reasons)
-        fit.a_status = identification("a", fit.a, fit.a_interval, freedom) if told_apart else "not identified"
-    limit = profile_threshold(r, w, p, objective, delta)
+        enough = 1 if leaning else freedom
+        fit.a_status = identification("a", fit.a, fit.a_interval, enough) if told_apart else "not identified"
     others = thetas[~agrees & (values <= least[0] + limit)]
     if len(others) and starts is None:
         fit.rivals = _rivals(form, others, X, log_y, w, last, least[0], limit, centre)
         _doubt(fit)
     return fit
+
+
+def _largest_floor(form, theta, X, log_y, w, delta, limit, centre) -> float:
+    """The largest floor E, as a share of the lowest loss in steps of a twentieth, at which the objective is within its
+    limit: resamples of a fit without a floor start where the objective hardly knows of E, and seldom find one."""
+    floors = np.exp(log_y.min()) * np.arange(0.05, 1.0, 0.05)
+    lines = [form.held("E", floor, centre) for floor in floors]
+    held = np.array([row for row, _ in lines]), np.array([right for _, right in lines])
+    begin = np.repeat(theta, len(floors), axis=0)
+    for k, (_, s, _) in enumerate(form.terms):  # what is left of the loss for the terms that fall
+        if s is not None:
+            begin[:, k] += np.log1p(-floors / np.exp(log_y.min()))
+    _, values = minimise(form, begin, X, log_y, w, delta, held=held)
+    return float(np.max(floors[values <= limit], initial=0.0))
 
 
 def _units(clusters: object, columns: list[np.ndarray]) -> tuple[np.ndarray, int]:
@@ -663,75 +674,48 @@ def _columns(named: dict[str, object]) -> list[np.ndarray]:
 def resampled(form, theta, X, log_y, w, units, objective, delta, count, seed) -> np.ndarray:
     """theta (R, p) of R resamples, all refitted at once from the optimum of the whole.
 
-    A Bayesian bootstrap (Rubin 1981): every unit, a row or a cluster, gets an exponential weight of mean one. Unlike
-    draws with replacement it leaves no size out, so that few rows stay a design. Three corrections make its intervals
-    cover at their rate from a dozen rows up (chosen by simulated coverage, see ``coverage``):
+    A Bayesian bootstrap (Rubin 1981): every unit, a row or a cluster, gets a random weight of mean one. Unlike draws
+    with replacement it leaves no size out, so that few rows stay a design, and every resample is itself a fit, with no
+    parameter where no fit could be. Three things make the intervals cover at their rate from a dozen rows up (measured
+    by ``coverage``):
 
-    - Where residuals count by their size, each is too small by the pull of its own row on the fit. Deviations are
-      stretched by the matrix that carries the spread of the scores as they are into that of HC3 (MacKinnon and White
-      1985; for clusters its block form): exactly right for least squares, not at all for absolute deviations, and in
-      between by the share of rows in Huber's quadratic zone.
-    - Absolute deviations hop between rows, the more the fewer there are. Resamples are refitted with a zone of at least a
-      quarter of the residuals' robust spread, up to 2.5 times Huber's own for few rows, and their deviations from the optimum at
-      that zone are taken.
+    - Residuals are too small by the pull h of their own row on the fit. Where they count by their size, weights are
+      drawn not from an exponential but from a gamma distribution of standard deviation 1 / (1 - h), so that the scores
+      spread as in HC3 (MacKinnon and White 1985); where they count by their sign the standard deviation stays one, and
+      in between it goes by the share of rows in Huber's quadratic zone.
+    - Absolute deviations hop between rows, the more the fewer there are: resamples are refitted with a zone of at least a
+      quarter of the residuals' robust spread, up to 2.5 times Huber's own for few rows.
     - A straight line from few rows needs Student's t: its deviations are stretched by t / 1.96. Those of sums of terms
       are wide enough by their own curvature.
     """
     n, p = len(log_y), theta.shape[1]
-    draws = np.random.default_rng(seed).exponential(size=(count, int(units.max()) + 1))
-    draws *= draws.shape[1] / draws.sum(axis=1, keepdims=True)
     zone = {"huber": delta, "lsq": np.inf, "lad": LAD_DELTA}[objective]
-    r = log_y - form.evaluate(theta, X)[0][0]
+    m, state = form.evaluate(theta, X)
+    r = log_y - m[0]
     quadratic = max(0.0, ((np.abs(r) <= zone).sum() - p) / (n - p))  # p rows would lie there without any noise
+    spread = 1 + quadratic * (1 / (1 - _pulls(form.jacobian(state, X)[0].T, w, units)) - 1)
+    draws = np.random.default_rng(seed).gamma(1 / spread**2, spread**2, size=(count, len(spread)))
+    draws *= len(spread) / draws.sum(axis=1, keepdims=True)
     middle = theta
     if np.isfinite(zone):
-        zone = max(0.25 * robust_sd(r), zone * (1 + min(1.5, 12 * p / n)))
-        middle, _ = minimise(form, theta, X, log_y, w, zone, tolerance=1e-14)
-    thetas = np.repeat(middle, count, axis=0)
-    thetas, _ = minimise(form, thetas, X, log_y, draws[:, units] * w, zone, steps=100, tolerance=1e-9)
-    m, state = form.evaluate(middle, X)
-    r = log_y - m[0]
-    stretch = np.eye(p) + quadratic * (_leverage_map(form.jacobian(state, X)[0].T, r, w, units) - np.eye(p))
-    # Deviations are stretched where they are bounded: a vanishing term goes to -1, not to minus infinity in its log; and
-    # no term grows by it far above the typical loss.
-    coefficients, level = np.arange(p) < len(form.terms), float(np.median(log_y))
-    moved = thetas - middle
+        zone = max(0.25 * robust_sd(r), zone * (1 + min(1.5, 12 * p / len(spread))))
+        middle, _ = minimise(form, theta, X, log_y, w, zone, tolerance=1e-12)
+    begin = np.repeat(middle, count, axis=0)
+    thetas, _ = minimise(form, begin, X, log_y, draws[:, units] * w, zone, steps=100, tolerance=1e-9)
     if len(form.terms) == 1:
-        moved *= stats.t.ppf(0.5 * (1 + LEVEL), draws.shape[1] - p) / stats.norm.ppf(0.5 * (1 + LEVEL))
-    wide = np.where(coefficients & (moved < 0), np.expm1(np.minimum(moved, 0)), moved) @ stretch.T
-    vanishing = np.log1p(np.maximum(np.minimum(wide, 0), np.expm1(LEAST)))
-    growing = np.minimum(wide, np.maximum(moved, level + 0.5 - middle))
-    moved = np.where(coefficients, np.where(wide < 0, vanishing, growing), wide)
-    return np.clip(theta + moved, *form.box(level))
+        tail = 0.5 * (1 + LEVEL)
+        thetas = theta + (thetas - middle) * stats.t.ppf(tail, len(spread) - p) / stats.norm.ppf(tail)
+    return thetas
 
 
-def _leverage_map(J: np.ndarray, r: np.ndarray, w: np.ndarray, units: np.ndarray) -> np.ndarray:
-    """The matrix (p, p) on deviations of theta that carries the sandwich covariance as it is (HC0) into that of HC3.
-
-    J (n, p) slopes, r (n,) residuals, of which those beyond three robust standard deviations count as three.
-    """
-    root = np.sqrt(w)
-    limit = 3 * robust_sd(r) or np.inf
-    scale = np.linalg.norm(J * root[:, None], axis=0) + 1e-150
-    Q, R = np.linalg.qr(J * root[:, None] / scale)
-    scores = np.zeros((int(units.max()) + 1, len(scale)))
-    np.add.at(scores, units, Q * (root * np.clip(r, -limit, limit))[:, None])
-    blocks = np.zeros((len(scores), len(scale), len(scale)))
+def _pulls(J: np.ndarray, w: np.ndarray, units: np.ndarray) -> np.ndarray:
+    """How much of each unit's own error its fitted value follows, at most two thirds: the leverage of a row, the largest
+    eigenvalue of a cluster's block. J (n, p) slopes, w (n,) weights, units (n,)."""
+    J = J * np.sqrt(w)[:, None]
+    Q, _ = np.linalg.qr(J / (np.linalg.norm(J, axis=0) + 1e-150))
+    blocks = np.zeros((int(units.max()) + 1, Q.shape[1], Q.shape[1]))
     np.add.at(blocks, units, Q[:, :, None] * Q[:, None, :])
-    pulls, axes = np.linalg.eigh(blocks)
-    grown = np.einsum("gij,gj,gkj,gk->gi", axes, 1 / (1 - np.minimum(pulls, 0.95)), axes, scores)
-    before, after = scores.T @ scores, grown.T @ grown
-    if not np.trace(before) > 0 or abs(np.diag(R)).min() < 1e-12:
-        return np.eye(len(scale))
-    half, back = _power(before, 0.5), _power(before, -0.5)
-    grow = back @ _power(half @ after @ half, 0.5) @ back  # the map of least work from one normal cloud to the other
-    to_theta = np.linalg.inv(R) / scale[:, None]
-    return to_theta @ grow @ np.linalg.inv(to_theta)
-
-
-def _power(matrix: np.ndarray, exponent: float) -> np.ndarray:
-    values, axes = np.linalg.eigh(matrix)
-    return (axes * np.maximum(values, 1e-12 * values[-1]) ** exponent) @ axes.T
+    return np.minimum(np.linalg.eigvalsh(blocks)[:, -1], 2 / 3)
 
 
 def robust_sd(r: np.ndarray) -> float:
@@ -922,7 +906,7 @@ def _line(x: np.ndarray, y: np.ndarray, draws: np.ndarray, form: PowerSum, freed
     r = np.log(y) - design @ theta
     params = form.natural(theta[None], np.array([centre])).iloc[0].to_dict()
     samples = form.natural((inverse @ np.log(draws).T).T, np.array([centre])) if len(draws) else pd.DataFrame()
-    intervals = percentile_intervals(params, samples, 1.0)
+    intervals = percentile_intervals(params, samples)
     # Two budgets give a line whatever the law is: at most weak.
     checkable = min(freedom, 3 if len(x) > 2 else 1)
     warnings = [] if len(x) > 2 else ["Two budgets always lie on a line: nothing here tests the power law itself."]

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import math
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,8 +79,9 @@ def read_runs(path: str | Path, columns: dict[str, str], drop: Sequence[str] = (
 
     drop: rules such as ``loss>4``, ``params<1e6 and epochs>4``, ``status!=finished``: a role, ``epochs`` (tokens over
     unique_tokens) or any column of the file, one of < <= > >= == !=, and a number or (for == and !=) a text. ``bad``
-    drops the rows whose cells are not positive, finite numbers. Raises LabError for files and rules that cannot be
-    read, for columns that are not there, and for bad cells that no rule drops, by line.
+    drops the rows whose cells are not positive, finite numbers, or more than the header names. A first line without any
+    number in those columns tells their units and is dropped, by the rule ``units``. Raises LabError for files and
+    rules that cannot be read, for columns that are not there once, and for bad rows that no rule drops, by line.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -87,26 +89,37 @@ def read_runs(path: str | Path, columns: dict[str, str], drop: Sequence[str] = (
             file.seek(0)
             delimiter = max(",;\t", key=header.count)
             rows = csv.DictReader(file, delimiter=delimiter, skipinitialspace=True)
-            rows.fieldnames = [name.strip() for name in rows.fieldnames or []]
+            rows.fieldnames = names = [name.strip() for name in rows.fieldnames or []]
             lines = [(rows.line_num, row) for row in rows]
-            names = list(rows.fieldnames)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise LabError(
             "The table must be a readable CSV file in UTF-8", f"{path}: {error}", "check the path"
         ) from error
     for name in columns.values():
-        if name not in names:
+        if names.count(name) != 1:
             raise LabError(
-                "The table must have the column", f"no {name!r} in {path}", f"the columns are {', '.join(names)}"
+                "The table must have each column once",
+                f"{names.count(name) or 'no'} {name!r} in {path}",
+                f"the columns are {', '.join(names) or 'none, the file is empty'}",
             )
     if not lines:
         raise LabError("The table must hold runs", f"{path} has a header and no rows")
-    rules = [(text, _rule(text, columns, names)) for text in drop]
+    number = functools.partial(_number, decimal_comma=delimiter == ";")
+    rules = [(text, _rule(text, columns, names, number)) for text in drop]
     dropped: dict[str, list[int]] = {text: [] for text, _ in rules}
+    first, cells = lines[0]
+    if all(
+        re.fullmatch(r"(?!\s*[+-]?(nan|inf|none|n/?a)\b)\D*[^\W\d]\D*", str(cells.get(c)), re.I)
+        for c in columns.values()
+    ):
+        dropped["units"] = [first]
+        lines = lines[1:]
     kept, wrong = [], []
     for line, row in lines:
-        numbers = {role: _number(row.get(name)) for role, name in columns.items()}
+        numbers = {role: number(row.get(name)) for role, name in columns.items()}
         bad = [f"line {line}: {columns[r]}={row.get(columns[r])!r}" for r, v in numbers.items() if not 0 < v < math.inf]
+        if any(row.get(None, ())):  # a comma too many shifts every cell after it
+            bad = [f"line {line}: {len(names) + len(row[None])} cells for {len(names)} columns"]
         if {"tokens", "unique_tokens"} <= set(numbers):
             numbers["epochs"] = numbers["tokens"] / numbers["unique_tokens"] if not bad else math.nan
         hit = next((text for text, test in rules if (bool(bad) if test is None else test(row, numbers))), None)
@@ -124,18 +137,25 @@ def read_runs(path: str | Path, columns: dict[str, str], drop: Sequence[str] = (
             "mend those lines, or leave them out with --drop bad",
         )
     if not kept:
-        raise LabError("Some rows must be left to fit", f"the rules {', '.join(drop)} drop all {len(lines)}")
+        raise LabError("Some rows must be left to fit", f"the rules {', '.join(dropped)} drop every row")
     return Runs(str(path), pd.DataFrame(kept), dict(columns), dropped)
 
 
-def _number(text: object) -> float:
+def _number(text: object, decimal_comma: bool = False) -> float:
+    """A cell as a number, NaN where it is none. Thousands may be parted by commas, spaces or underscores; where cells are
+    parted by semicolons, one comma is the decimal one, and points part thousands."""
+    text = str(text).strip()
+    if decimal_comma and text.count(",") < 2 and (text.rfind(",") > text.rfind(".") or text.count(".") > 1):
+        text = text.replace(".", "").replace(",", ".")
+    if re.fullmatch(r"[+-]?\d{1,3}([,_ \u00a0\u2009\u202f])\d{3}(\1\d{3})*(\.\d*)?([eE][+-]?\d+)?", text):
+        text = re.sub(r"[,_ \u00a0\u2009\u202f]", "", text)
     try:
         return float(text)
-    except (TypeError, ValueError):
+    except ValueError:
         return math.nan
 
 
-def _rule(text: str, columns: dict[str, str], names: list[str]):
+def _rule(text: str, columns: dict[str, str], names: list[str], number: Callable):
     """A rule as a test of (row, numbers), or None for ``bad``."""
     if text.strip() == "bad":
         return None
@@ -155,17 +175,17 @@ def _rule(text: str, columns: dict[str, str], names: list[str]):
                 f"{name!r} in {text!r}",
                 f"there are {', '.join([*known, *names])}",
             )
-        if math.isnan(_number(value)) and sign not in ("==", "!=", "="):
+        if math.isnan(number(value)) and sign not in ("==", "!=", "="):
             raise LabError("A rule's limit must be a number", f"{value!r} in {text!r}")
         tests.append((role if role in known else name, role in known, _COMPARE[sign], value))
 
     def test(row: dict, numbers: dict) -> bool:
         for name, is_role, compare, value in tests:
             own = numbers[name] if is_role else row.get(name)
-            if math.isnan(_number(value)):
+            if math.isnan(number(value)):
                 if not compare(str(own).strip(), value):
                     return False
-            elif not compare(_number(own), float(value)):
+            elif not compare(own if is_role else number(own), number(value)):
                 return False
         return True
 
