@@ -773,7 +773,7 @@ def _draw_looking_back(table: pd.DataFrame, ax: object) -> None:
     ways = {
         "surface_error_percent": "surface",
         "curve_error_percent": "curve L(C) with a floor",
-        "line_error_percent": "line without",
+        "line_error_percent": "line L(C) without",
     }
     ways["error_percent"] = "the forecast"
     ax.axhline(0, color=plots.GREY, linewidth=1)
@@ -784,7 +784,7 @@ def _draw_looking_back(table: pd.DataFrame, ax: object) -> None:
             )
     ax.set_xscale("log")
     ticks = sorted({10 ** (round(2 * math.log10(reach)) / 2) for reach in table.reach})
-    ax.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
+    ax.set_xticks(ticks, [f"{tick:.2g}" if tick < 10 else f"{tick:.0f}" for tick in ticks])
     ax.minorticks_off()
     ax.set_xlabel("reach (compute foretold over the largest fitted)")
     ax.set_ylabel("observed above forecast (%)")
