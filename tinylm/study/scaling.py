@@ -269,7 +269,7 @@ def prediction_interval(
         raise LabError("The spread between seeds must not be negative", f"seed_sd={seed_sd}")
     tails = (0.5 * (1 - LEVEL), 0.5 * (1 + LEVEL))
     if not seed_sd:
-        ends = [*np.quantile(draws, tails, axis=0)]
+        ends = [*np.quantile(draws, tails, axis=0, method="weibull")]  # right on average for few draws too
     else:
         ends = []
         for tail in tails:
@@ -487,6 +487,9 @@ def _fit(form, inputs, y, names, objective, delta, bootstrap, clusters, weights,
         begin, times = hoffmann_grid(form, centre, level)
     thetas, values = solve(form, begin, X, log_y, w, objective, delta)
     last = deltas(objective, delta)[-1]
+    slow = (values > values.min() * (1 + 1e-6)) & (values < values.min() * 1.01)  # in a flat valley, not yet at its end
+    if slow.any():
+        thetas[slow], values[slow] = minimise(form, thetas[slow], X, log_y, w, last, steps=1000)
     # Under one budget the two terms may change places, N^-alpha for D^beta: of equal optima the one that falls is meant.
     falling = (thetas[:, len(form.terms) :] > 0).all(axis=1)
     near = [int(np.argmin(values)), int(np.argmin(np.where(falling, values, np.inf)))]
@@ -679,32 +682,32 @@ def resampled(form, theta, X, log_y, w, units, objective, delta, count, seed) ->
     parameter where no fit could be. Three things make the intervals cover at their rate from a dozen rows up (measured
     by ``coverage``):
 
+    - Absolute deviations hop between rows, the more the fewer there are: resamples are refitted with a zone of at least a
+      quarter of the residuals' robust spread, up to 2.5 times Huber's own for few rows.
     - Residuals are too small by the pull h of their own row on the fit. Where they count by their size, weights are
       drawn not from an exponential but from a gamma distribution of standard deviation 1 / (1 - h), so that the scores
       spread as in HC3 (MacKinnon and White 1985); where they count by their sign the standard deviation stays one, and
-      in between it goes by the share of rows in Huber's quadratic zone.
-    - Absolute deviations hop between rows, the more the fewer there are: resamples are refitted with a zone of at least a
-      quarter of the residuals' robust spread, up to 2.5 times Huber's own for few rows.
+      in between it goes by the share of rows in the quadratic zone, the mean of the fit's and the refits'.
     - A straight line from few rows needs Student's t: its deviations are stretched by t / 1.96. Those of sums of terms
       are wide enough by their own curvature.
     """
-    n, p = len(log_y), theta.shape[1]
-    zone = {"huber": delta, "lsq": np.inf, "lad": LAD_DELTA}[objective]
+    n, p, count_units = len(log_y), theta.shape[1], int(units.max()) + 1
+    own = zone = {"huber": delta, "lsq": np.inf, "lad": LAD_DELTA}[objective]
     m, state = form.evaluate(theta, X)
-    r = log_y - m[0]
-    quadratic = max(0.0, ((np.abs(r) <= zone).sum() - p) / (n - p))  # p rows would lie there without any noise
-    spread = 1 + quadratic * (1 / (1 - _pulls(form.jacobian(state, X)[0].T, w, units)) - 1)
-    draws = np.random.default_rng(seed).gamma(1 / spread**2, spread**2, size=(count, len(spread)))
-    draws *= len(spread) / draws.sum(axis=1, keepdims=True)
-    middle = theta
-    if np.isfinite(zone):
-        zone = max(0.25 * robust_sd(r), zone * (1 + min(1.5, 12 * p / len(spread))))
+    size, middle = np.abs(log_y - m[0]), theta
+    if np.isfinite(own):
+        zone = max(0.25 * robust_sd(size), own * (1 + min(1.5, 12 * p / count_units)))
         middle, _ = minimise(form, theta, X, log_y, w, zone, tolerance=1e-12)
+    inside = [max(0.0, ((size <= limit).sum() - p) / (n - p)) for limit in (own, zone)]  # p would be without any noise
+    quadratic = 0.5 * sum(inside)
+    spread = 1 + quadratic * (1 / (1 - _pulls(form.jacobian(state, X)[0].T, w, units)) - 1)
+    draws = np.random.default_rng(seed).gamma(1 / spread**2, spread**2, size=(count, count_units))
+    draws *= count_units / draws.sum(axis=1, keepdims=True)
     begin = np.repeat(middle, count, axis=0)
     thetas, _ = minimise(form, begin, X, log_y, draws[:, units] * w, zone, steps=100, tolerance=1e-9)
     if len(form.terms) == 1:
         tail = 0.5 * (1 + LEVEL)
-        thetas = theta + (thetas - middle) * stats.t.ppf(tail, len(spread) - p) / stats.norm.ppf(tail)
+        thetas = theta + (thetas - middle) * stats.t.ppf(tail, count_units - p) / stats.norm.ppf(tail)
     return thetas
 
 
