@@ -95,7 +95,7 @@ def test_a_comma_too_many_is_a_bad_row_not_shifted_cells(write):
 def test_a_line_of_units_is_left_out_and_told(write):
     read = read_runs(write("N,D,L\ncount,tokens,nats\n1,2,3\n"), NAMES)
     assert read.dropped == {"units": [2]} and read.frame["line"].tolist() == [3]
-    assert any("rule units" in said and "lines 2" in said for said in read.sentences())
+    assert any("rule units" in said and "1 row (line 2)" in said for said in read.sentences())
     with pytest.raises(LabError, match="line 2"):
         read_runs(write("N,D,L\nnan,nan,nan\n1,2,3\n"), NAMES)
     with pytest.raises(LabError, match="line 3: L='nats'"):
@@ -123,7 +123,7 @@ def test_a_rule_drops_what_it_says_and_no_more(write, rule, lines):
     read = read_runs(write(table), {**NAMES, "unique_tokens": "U"}, [rule])
     assert read.dropped == {rule: lines}
     assert read.frame["line"].tolist() == [line for line in (2, 3, 4, 5) if line not in lines]
-    assert f"dropped by the rule {rule}: {len(lines)} rows" in " ".join(read.sentences())
+    assert f"dropped by the rule {rule}: {len(lines)} row" in " ".join(read.sentences())
 
 
 @pytest.mark.parametrize(

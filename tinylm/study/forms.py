@@ -404,11 +404,11 @@ def deltas(objective: str, delta: float) -> list[float]:
     return [np.inf, *(10.0**k for k in range(-1, -8, -1) if 10.0**k > 2 * last), last]
 
 
-def solve(form, starts, X, y, w, objective, delta, held=None) -> tuple[np.ndarray, np.ndarray]:
-    """``minimise`` along the ``deltas`` of an objective: theta (S, p) and the last objectives (S,)."""
+def solve(form, starts, X, y, w, path: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    """``minimise`` along a path of ``deltas``: theta (S, p) and the last objectives (S,)."""
     theta = starts
-    for d in deltas(objective, delta):
-        theta, value = minimise(form, theta, X, y, w, d, steps=200 if d in (np.inf, delta) else 60, held=held)
+    for d in path:
+        theta, value = minimise(form, theta, X, y, w, d, steps=200 if d in (np.inf, path[-1]) else 60)
     return theta, value
 
 

@@ -485,11 +485,16 @@ def _fit(form, inputs, y, names, objective, delta, bootstrap, clusters, weights,
         begin, times = _repetition_starts(X, log_y, w, centre, level)
     else:
         begin, times = hoffmann_grid(form, centre, level)
-    thetas, values = solve(form, begin, X, log_y, w, objective, delta)
-    last = deltas(objective, delta)[-1]
+    path = deltas(objective, delta)
+    last = path[-1]
+    thetas, values = solve(form, begin, X, log_y, w, path)
     slow = (values > values.min() * (1 + 1e-6)) & (values < values.min() * 1.01)  # in a flat valley, not yet at its end
     if slow.any():
         thetas[slow], values[slow] = minimise(form, thetas[slow], X, log_y, w, last, steps=1000)
+    if len(path) > 1:  # least squares may have led all starts to gross outliers, so some go without it
+        more, there = solve(form, begin[:: max(1, len(begin) // 50)], X, log_y, w, path[1:][-2:])
+        thetas, values = np.concatenate([thetas, more]), np.concatenate([values, there])
+        times = np.concatenate([times, np.zeros(len(more), int)])
     # Under one budget the two terms may change places, N^-alpha for D^beta: of equal optima the one that falls is meant.
     falling = (thetas[:, len(form.terms) :] > 0).all(axis=1)
     near = [int(np.argmin(values)), int(np.argmin(np.where(falling, values, np.inf)))]
@@ -497,7 +502,6 @@ def _fit(form, inputs, y, names, objective, delta, bootstrap, clusters, weights,
     chosen = int(least[1] <= least[0] * (1 + 1e-6) and (polished[1, len(form.terms) :] > 0).all())
     theta, least = polished[chosen : chosen + 1], least[chosen : chosen + 1]
     agrees = values <= least[0] * (1 + 1e-6) + 1e-14 * n * min(last, 1.0)
-    agrees[near[chosen]] = True
     m, state = form.evaluate(theta, X)
     r = log_y - m[0]
     value = {"huber": huber(r, delta), "lsq": r**2, "lad": np.abs(r)}[objective] @ w
@@ -531,16 +535,17 @@ def _fit(form, inputs, y, names, objective, delta, bootstrap, clusters, weights,
         warnings.append(f"{copies} of {n} rows are exact copies of others: fitted as they are, but drawn as one.")
     if bootstrap and not len(samples):
         warnings.append(f"{n} rows in {freedom + p} units are too few for {p} parameters: no intervals.")
-    total, agreeing = int(times.sum()), int(times[agrees].sum())
+    total, agreeing = int(times.sum()), max(1, int(times[agrees].sum()))
     if agreeing < 0.1 * total:
         warnings.append(f"Only {agreeing} of {total} starts reach the best optimum: it may not be the global one.")
     intervals = percentile_intervals(fitted, samples)
     limit = profile_threshold(r, w, p, objective, delta)
     leaning = False
-    if fitted.get("E") == 0 and len(samples):
-        most = _largest_floor(form, theta, X, log_y, w, last, least[0] + limit, centre)
-        intervals["E"] = (0.0, max(most, intervals["E"][1]))
-        leaning = intervals["E"][1] > 0.25 * y.min()
+    if len(samples) and "E" in fitted:
+        low, high = intervals["E"]
+        least_floor, most = _floors(form, theta, X, log_y, w, last, least[0] + limit, centre)
+        intervals["E"] = (min(low, least_floor), max(high, most))
+        leaning = np.ptp(intervals["E"]) > 1.5 * (high - low) and np.ptp(intervals["E"]) > 0.25 * y.min()
     status = {
         name: "not assessed"
         if not bootstrap
@@ -550,7 +555,8 @@ def _fit(form, inputs, y, names, objective, delta, bootstrap, clusters, weights,
         for name in form.params
     }
     if leaning:
-        warnings.append(f"A floor up to {intervals['E'][1]:.3g} fits as well, with other exponents: these are weak.")
+        span = "{:.3g} to {:.3g}".format(*intervals["E"])
+        warnings.append(f"Floors from {span} fit as well, with other exponents: none is more than weak.")
     J = form.jacobian(state, X)[0] * np.sqrt(w)
     data = pd.DataFrame(
         dict(zip(names, inputs, strict=True))
@@ -584,18 +590,18 @@ def _fit(form, inputs, y, names, objective, delta, bootstrap, clusters, weights,
     return fit
 
 
-def _largest_floor(form, theta, X, log_y, w, delta, limit, centre) -> float:
-    """The largest floor E, as a share of the lowest loss in steps of a twentieth, at which the objective is within its
-    limit: resamples of a fit without a floor start where the objective hardly knows of E, and seldom find one."""
-    floors = np.exp(log_y.min()) * np.arange(0.05, 1.0, 0.05)
+def _floors(form, theta, X, log_y, w, delta, limit, centre) -> tuple[float, float]:
+    """The least and the largest floor E, in steps of a twentieth of the lowest loss, at which the objective is within its
+    limit (infinity and zero where none is). Resamples start at one optimum, and seldom leave the valley of few rows."""
+    lowest, now = np.exp(log_y.min()), float(np.exp(theta[0, 0]))
+    floors = lowest * np.append(1e-3, np.arange(0.05, 1.0, 0.05))
     lines = [form.held("E", floor, centre) for floor in floors]
     held = np.array([row for row, _ in lines]), np.array([right for _, right in lines])
     begin = np.repeat(theta, len(floors), axis=0)
-    for k, (_, s, _) in enumerate(form.terms):  # what is left of the loss for the terms that fall
-        if s is not None:
-            begin[:, k] += np.log1p(-floors / np.exp(log_y.min()))
-    _, values = minimise(form, begin, X, log_y, w, delta, held=held)
-    return float(np.max(floors[values <= limit], initial=0.0))
+    begin[:, 1 : len(form.terms)] += np.log((lowest - floors) / max(lowest - now, 0.01 * lowest))[:, None]
+    values = minimise(form, begin, X, log_y, w, delta, held=held)[1]
+    allowed = np.append(0.0, floors[1:])[values <= limit]
+    return float(np.min(allowed, initial=np.inf)), float(np.max(allowed, initial=0.0))
 
 
 def _units(clusters: object, columns: list[np.ndarray]) -> tuple[np.ndarray, int]:

@@ -70,7 +70,8 @@ class Runs:
         said = [f"{len(self.frame)} rows of {self.path}"]
         for rule, lines in self.dropped.items():
             shown = ", ".join(map(str, lines[:12])) + (", ..." if len(lines) > 12 else "")
-            said.append(f"dropped by the rule {rule}: {len(lines)} rows" + (f" (lines {shown})" if lines else ""))
+            many = "" if len(lines) == 1 else "s"
+            said.append(f"dropped by the rule {rule}: {len(lines)} row{many}" + f" (line{many} {shown})" * bool(lines))
         return said
 
 
