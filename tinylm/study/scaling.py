@@ -332,8 +332,8 @@ def design_faults(form: PowerSum, X: np.ndarray, names: Sequence[str]) -> list[t
     """What the rows' places alone rule out, before any loss is looked at: sentences, each with the parameters concerned.
 
     X (d, n) holds log variables. A term beside others needs three distinct values of its variable (values within 1 %
-    are one); the two terms of a surface need log N and log D that do not lie on one line (|correlation| above 0.98
-    counts as a line). Repetition needs two distinct numbers of epochs above one.
+    are one), or it may trade with the floor; the two terms of a surface need log N and log D that do not lie on one line
+    (|correlation| above 0.98 counts as a line). Repetition needs two distinct numbers of epochs above one.
     """
     faults: list[tuple[str, set[str]]] = []
     needed = 2 if len(form.terms) == 1 else 3
@@ -344,7 +344,7 @@ def design_faults(form: PowerSum, X: np.ndarray, names: Sequence[str]) -> list[t
         if distinct < needed:
             said = f"{distinct} distinct value{'s' if distinct != 1 else ''} of {names[v]}: {c} and {s} need at least "
             said += f"{needed} to be told apart{' from the rest' if len(form.terms) > 1 else ''}."
-            faults.append((said, {c, s}))
+            faults.append((said, {c, s} | {name for name, other, _ in form.terms if other is None}))
     if len(X) >= 2 and X[:2].std(axis=1).min() > 0:
         correlation = np.corrcoef(X[:2])[0, 1]
         if abs(correlation) > 0.98:
