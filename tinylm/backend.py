@@ -163,6 +163,9 @@ def prepare_to_compile() -> None:
     import torch._dynamo
 
     torch._dynamo.config.force_parameter_static_shapes = False  # a stack's weights have its height as first dimension
+    # Only the sizes that stack.py names may vary within one code. Else, after a second model in the same process, Dynamo
+    # would make one code for all widths, half again as slow, whose bits depend on what was compiled before it.
+    torch._dynamo.config.automatic_dynamic_shapes = False
     # Every shape of a sweep is one more entry for the same code. With fullgraph=True a full table is an error.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 1024)
