@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import torch
 
-from tinylm import backend
+from tinylm import backend, counts
 from tinylm.config import ModelConfig, TrainConfig
 from tinylm.errors import LabError
 from tinylm.layers import Linear
@@ -105,11 +105,15 @@ def test_open_choices_follow_what_was_measured_where_a_run_is_long(monkeypatch):
     assert {**asked, "stacked": None} == {**plain, "stacked": None}
 
 
-def test_only_small_steps_of_one_thread_are_stacked_and_stay_eager(monkeypatch):
+def test_only_small_steps_of_one_thread_are_stacked_and_shorter_runs_of_them_are_compiled(monkeypatch):
     monkeypatch.setattr(backend, "findings", lambda: {"bf16": False, "compile": True, "query_blocks": 1})
     model, train = ModelConfig(), TrainConfig(threads=1, batch_size=2, max_steps=100_000)
     assert backend.resolve(train, model, in_stacks=True)["stacked"]
-    assert not backend.resolve(train, model, in_stacks=True)["compile"] and backend.resolve(train, model)["compile"]
+    few = train.replace(max_steps=round(2e11 / (counts.train_flops(model, train) / train.max_steps)))
+    assert backend.resolve(few, model, in_stacks=True)["compile"] and not backend.resolve(few, model)["compile"]
+    tiny = train.replace(max_steps=10, warmup_steps=1)
+    assert backend.resolve(tiny, model, in_stacks=True)["stacked"]
+    assert not backend.resolve(tiny, model, in_stacks=True)["compile"]
     assert not backend.resolve(train, model)["stacked"]
     for other in (train.replace(threads=2), train.replace(batch_size=512), train.replace(precision="fp16")):
         assert not backend.resolve(other, model, in_stacks=True)["stacked"]
