@@ -141,3 +141,17 @@ def test_a_machine_that_cannot_be_measured_takes_the_plain_path(monkeypatch, tmp
     monkeypatch.setattr(backend.subprocess, "run", lambda *args, **kwargs: failed)
     assert findings() == backend.PLAIN
     assert "No such thing" in capsys.readouterr().out
+
+
+def test_a_plan_reckons_with_what_compiling_gained_in_the_probe(monkeypatch, tmp_path):
+    monkeypatch.setenv("TINYLM_HOME", str(tmp_path))
+    compiled = {"compile": True, "precision": "fp32", "query_blocks": 1}
+    assert backend.gain(compiled) == 1.0  # nothing was measured
+    took = {"eager": 0.06, "compiled": 0.04, "compiled, bf16, 2-block attention": 0.02}
+    found = {"bf16": False, "compile": True, "query_blocks": 1, "seconds_per_step": took}
+    done = subprocess.CompletedProcess([], 0, stdout=json.dumps(found), stderr="")
+    monkeypatch.setattr(backend.subprocess, "run", lambda *args, **kwargs: done)
+    findings()
+    assert backend.gain(compiled) == pytest.approx(1.5)
+    assert backend.gain({**compiled, "precision": "bf16", "query_blocks": 2}) == pytest.approx(3.0)
+    assert backend.gain({**compiled, "query_blocks": 2}) == backend.gain({**compiled, "compile": False}) == 1.0

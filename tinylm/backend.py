@@ -109,8 +109,7 @@ def machine(device: str = "cpu") -> dict:
 def findings() -> dict:
     """What was measured on this machine, once: ``bf16``, ``compile``, ``query_blocks`` (see ``probe``). Kept in the lab's
     cache. Measured in a process of its own, since what is compiled depends on the threads of the process."""
-    key = files.sha256_bytes(files.canonical_json(machine()).encode())[:16]
-    path = files.home() / "machines" / f"{key}.json"
+    path = _kept_findings()
     with contextlib.suppress(OSError, ValueError, TypeError):
         known = json.loads(path.read_text())
         return {name: type(value)(known[name]) for name, value in PLAIN.items()}
@@ -125,6 +124,25 @@ def findings() -> dict:
         return dict(PLAIN)
     files.write_whole(path, json.dumps(known, indent=1) + "\n")
     return {name: known[name] for name in PLAIN}
+
+
+def _kept_findings() -> Path:
+    key = files.sha256_bytes(files.canonical_json(machine()).encode())[:16]
+    return files.home() / "machines" / f"{key}.json"
+
+
+def gain(arithmetic: dict) -> float:
+    """How many times as fast as eager fp32 a step of this arithmetic was in the probe of this machine; 1 where that did
+    not try it."""
+    if not arithmetic["compile"]:
+        return 1.0
+    way = "compiled" + (", bf16" if arithmetic["precision"] == "bf16" else "")
+    way += ", 2-block attention" if arithmetic["query_blocks"] == 2 else ""
+    try:
+        took = json.loads(_kept_findings().read_text())["seconds_per_step"]
+        return took["eager"] / took[way]
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+        return 1.0
 
 
 def _findings_on_gpu() -> dict:
