@@ -207,10 +207,15 @@ def table(tmp_path) -> Path:
 def test_fit_recovers_a_known_law(table):
     done = call("fit", table, "--json", "--bootstrap", 20)
     assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout)["params"]
-    assert found == pytest.approx({"E": 1.8, "A": 480, "B": 2000, "alpha": 0.5, "beta": 0.45}, rel=1e-3)
+    found = json.loads(done.stdout)
+    law = {"E": 1.8, "A": 480, "B": 2000, "alpha": 0.5, "beta": 0.45}
+    assert found["params"] == pytest.approx(law, rel=1e-6)
+    assert found["a"] == pytest.approx(0.45 / 0.95) and found["status"] == dict.fromkeys(law, "identified")
+    assert (found["n"], found["form"], found["starts"], found["warnings"]) == (20, "surface", 4500, [])
+    assert set(found["intervals"]) == set(law) and len(found["a_interval"]) == 2 and found["value"] < 1e-12
     shown = call("fit", table, "--bootstrap", 20).stdout
-    assert re.search(r"alpha +0\.5\b", shown) and "N_opt grows as C^0.47" in shown
+    assert re.search(r"alpha +0\.5 +\[0\.5, 0\.5\] +identified", shown)
+    assert re.search(r"a +0\.47368 .*N_opt grows as C\^a", shown)
 
 
 def test_fit_reads_the_columns_it_is_given(table):
@@ -222,6 +227,22 @@ def test_fit_reads_the_columns_it_is_given(table):
     assert missing.exit_code == 2 and "'params_total'" in missing.stderr and "N, D, L" in missing.stderr
 
 
+def test_fit_takes_every_option_as_it_is_meant(table):
+    words = ["--objective", "lsq", "--bootstrap", 0, "--drop", "tokens<2e5", "--drop", "loss>100", "--json"]
+    found = json.loads(call("fit", table, *words).stdout)
+    assert found["objective"] == "lsq" and found["n"] == 15 and found["delta"] is None
+    dropped = found["rows"]["dropped"]
+    assert dropped == {"tokens<2e5": [2, 6, 10, 14, 18], "loss>100": []}
+    assert json.loads(call("fit", table, "--delta", "0.01", "--json").stdout)["delta"] == 0.01
+    power = json.loads(call("fit", table, "--params", "params_total", "--form", "power", "--json").stdout)
+    assert power["form"] == "power" and set(power["params"]) == {"E", "A", "alpha"}
+    assert call("fit", table, "--form", "cubic").exit_code == 2
+    wrong = call("fit", table, "--drop", "loss")
+    assert wrong.exit_code == 2 and "'loss'" in wrong.stderr and "loss>4" in wrong.stderr
+    repeated = call("fit", table, "--unique-tokens", "tokens_seen", "--bootstrap", 0, "--json")
+    assert json.loads(repeated.stdout)["form"] == "data-constrained"
+
+
 @pytest.mark.parametrize("bad", ["", "nan", "-3", "0", "inf", "much"])
 def test_fit_names_bad_rows_by_line(table, bad):
     lines = table.read_text().splitlines()
@@ -231,6 +252,8 @@ def test_fit_names_bad_rows_by_line(table, bad):
     done = call("fit", table)
     assert done.exit_code == 2
     assert f"line 5: val_loss='{bad}'; line 9: val_loss='{bad}'." in done.stderr
+    left = call("fit", table, "--drop", "bad", "--bootstrap", 0)
+    assert left.exit_code == 0 and "dropped by the rule bad: 2 rows (lines 5, 9)" in left.stdout
 
 
 # --------------------------------------------------------------------------------------------------------------- plan

@@ -7,97 +7,40 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import optimize
+from scipy import optimize, stats
 
 from tinylm.errors import LabError
 from tinylm.study import scaling
+from tinylm.study.coverage import CHINCHILLA, SMALL, spread
+from tinylm.study.forms import SURFACE, huber, objective_and_gradient
 from tinylm.study.scaling import (
-    GROWTH,
-    POWER,
-    POWER_FLOOR,
-    SURFACE,
     Fit,
-    best_learning_rate,
     evaluate_law,
+    fit_data_constrained,
     fit_growth,
     fit_power,
     fit_surface,
-    isoflop_laws,
-    isoflop_minima,
-    learning_rate_rule,
-    minimise,
-    objective_and_gradient,
     prediction_interval,
+    profile_threshold,
 )
 
-# Besiroglu et al. 2024, arXiv:2404.10102, the law re-derived from Hoffmann et al.'s figure.
-CHINCHILLA = {"E": 1.8172, "A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658}
-TINY = {"E": 1.6, "A": 30.0, "B": 120.0, "alpha": 0.35, "beta": 0.37}
+REPEATED = {"E": 1.87, "A": 521.0, "B": 1488.0, "alpha": 0.353, "beta": 0.353, "R_D": 15.4, "R_N": 5.3}
 
 
 def design(rows: int = 240, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """N and D spread like the runs of Hoffmann et al. 2022: 40M to 16B parameters, 6e18 to 3e21 FLOPs."""
-    rng = np.random.default_rng(seed)
-    N = np.exp(rng.uniform(np.log(4e7), np.log(1.6e10), rows))
-    C = np.exp(rng.uniform(np.log(6e18), np.log(3e21), rows))
-    return N, C / 6 / N
+    return spread(rows)(np.random.default_rng(seed))
+
+
+def repeated(rows: int = 120, most: float = 60.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """N, D and U of runs of 7 million to 8 billion parameters, up to ``most`` epochs, a third of them of one epoch."""
+    rng = np.random.default_rng(3)
+    U = 10 ** rng.choice([8.0, 8.6, 9.0, 9.5, 10.0, 10.6], rows)
+    epochs = np.where(rng.random(rows) < 0.33, 1.0, np.exp(rng.uniform(0, np.log(most), rows)))
+    return np.exp(rng.uniform(np.log(7e6), np.log(8e9), rows)), U * epochs, U
 
 
 def noisy(law: dict, N, D, sd: float, seed: int = 1) -> np.ndarray:
     return evaluate_law("surface", law, N, D) * np.exp(sd * np.random.default_rng(seed).standard_normal(len(N)))
-
-
-def families(budgets=(1e11, 2e11, 4e11), sizes: int = 5, sd: float = 0.0, seed: int = 0, shift: float = 0.2):
-    """IsoFLOP families of the TINY law under C = 6 N D, three learning rates a size; the best rate falls with N."""
-    rng, rows = np.random.default_rng(seed), []
-    for C in budgets:
-        middle = Fit("surface", TINY).optimal(C)["params"][0]
-        for N in middle * 1.7 ** (np.arange(sizes) - sizes // 2 + shift):
-            D = C / 6 / N
-            best = 0.012 * (N / 4e4) ** -0.35
-            for rate in best * 1.15 * np.array([0.5, 1.0, 2.0]):
-                L = evaluate_law("surface", TINY, N, D) + 0.08 * np.log(rate / best) ** 2 + sd * rng.standard_normal()
-                rows.append({"budget": C, "params_total": N, "tokens_seen": D, "learning_rate": rate, "val_loss": L})
-    return pd.DataFrame(rows)
-
-
-# Derivatives and the optimiser ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("form", [SURFACE, POWER_FLOOR, POWER, GROWTH], ids=lambda f: f"{f.name}{len(f.params)}")
-@pytest.mark.parametrize("delta", [0.05, np.inf])
-def test_gradient_equals_finite_differences(form, delta):
-    rng = np.random.default_rng(0)
-    X = rng.standard_normal((2 if form is SURFACE else 1, 30))
-    y, w = rng.standard_normal(30), rng.uniform(0.5, 2, 30)
-    theta = rng.uniform(-0.5, 0.8, (3, len(form.params)))
-    _, gradient = objective_and_gradient(form, theta, X, y, w, delta)
-    for i in range(theta.shape[1]):
-        step = np.zeros(theta.shape[1])
-        step[i] = 1e-6
-        up, _ = objective_and_gradient(form, theta + step, X, y, w, delta)
-        down, _ = objective_and_gradient(form, theta - step, X, y, w, delta)
-        np.testing.assert_allclose(gradient[:, i], (up - down) / 2e-6, rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.parametrize("form", [SURFACE, POWER_FLOOR, GROWTH], ids=lambda f: f.name)
-def test_curvature_equals_finite_differences_of_the_jacobian(form):
-    rng = np.random.default_rng(1)
-    X = rng.standard_normal((2, 20))
-    psi = rng.standard_normal((2, 20))
-    theta = rng.uniform(-0.5, 0.8, (2, len(form.params)))
-
-    def weighted_slopes(at):
-        shares = form.evaluate(at, X)[1]
-        return (form.jacobian(shares, X) @ psi[:, :, None])[:, :, 0]
-
-    shares = form.evaluate(theta, X)[1]
-    curvature = form.curvature(psi, shares, form.jacobian(shares, X), X)
-    for i in range(theta.shape[1]):
-        step = np.zeros(theta.shape[1])
-        step[i] = 1e-6
-        slope = (weighted_slopes(theta + step) - weighted_slopes(theta - step)) / 2e-6
-        np.testing.assert_allclose(curvature[:, i], slope, rtol=1e-5, atol=1e-6)
 
 
 def test_the_optimum_is_no_worse_than_that_of_general_optimisers():
@@ -131,16 +74,6 @@ def test_absolute_deviations_agree_with_linear_programming():
     assert fit.params["alpha"] == pytest.approx(exact.x[1], abs=1e-6)
 
 
-def test_minimise_never_goes_uphill_even_from_wild_starts():
-    N, D = design(60)
-    X = np.log([N, D]) - np.log([N, D]).mean(axis=1)[:, None]
-    y = np.log(noisy(CHINCHILLA, N, D, 0.02))
-    starts = np.random.default_rng(0).uniform([-3, -8, -8, -1, -1], [3, 8, 8, 2, 2], (50, 5))
-    before, _ = objective_and_gradient(SURFACE, starts, X, y, np.ones(60), 1e-3)
-    theta, after = minimise(SURFACE, starts, X, y, np.ones(60), 1e-3, steps=30)
-    assert (after <= before).all() and np.isfinite(theta).all()
-
-
 # Known laws -----------------------------------------------------------------------------------------------------------
 
 
@@ -154,11 +87,28 @@ def test_the_chinchilla_law_is_recovered_without_noise(objective):
     assert fit.starts_agreeing >= 0.9 * fit.starts
 
 
-def test_most_starts_reach_the_best_optimum_on_noisy_rows():
+def test_most_starts_of_hoffmanns_grid_reach_the_best_optimum_on_noisy_rows():
     N, D = design()
     fit = fit_surface(N, D, noisy(CHINCHILLA, N, D, 0.01), bootstrap=0)
-    assert fit.starts > 300
+    assert fit.starts == 4500
     assert fit.starts_agreeing >= 0.9 * fit.starts
+
+
+def test_what_repeats_are_worth_is_recovered_without_noise():
+    N, D, U = repeated()
+    fit = fit_data_constrained(
+        N, D, U, evaluate_law("data-constrained", REPEATED, N, D, U), objective="lsq", bootstrap=0
+    )
+    assert fit.params == pytest.approx(REPEATED, rel=1e-6)
+    assert fit.starts_agreeing > 0.3 * fit.starts
+    assert fit.predict(1e9, 1e11, 1e10)["loss"][0] == pytest.approx(
+        evaluate_law("data-constrained", REPEATED, 1e9, 1e11, 1e10)
+    )
+    fresh = fit.surface()
+    assert fresh.form == "surface" and set(fresh.params) == set(CHINCHILLA)
+    assert fresh.optimal(1e20)["params"][0] == fit.optimal(1e20)["params"][0]
+    with pytest.raises(LabError, match="data-constrained"):
+        fresh.surface()
 
 
 def test_units_do_not_matter():
@@ -192,6 +142,17 @@ def test_huber_shrugs_off_outliers_that_least_squares_follows():
     assert abs(huber - CHINCHILLA["beta"]) < 0.01 < abs(squares - CHINCHILLA["beta"])
 
 
+def test_an_outlier_that_takes_least_squares_along_does_not_keep_the_best_optimum_hidden():
+    x = np.geomspace(1e18, 3e21, 36)
+    y = (1.7 + 900 * x**-0.15) * np.exp(0.01 * np.random.default_rng(0).standard_normal(36))
+    y[0] *= 2.2
+    fit = fit_power(x, y, floor=True, bootstrap=0)
+    true = fit_power(x[1:], y[1:], floor=True, bootstrap=0)
+    law = evaluate_law("power", true.params, x)  # which is in reach
+    assert fit.value <= huber(np.log(y / law), 1e-3).sum() * (1 + 1e-9)
+    assert fit.params["alpha"] == pytest.approx(true.params["alpha"], rel=0.3)
+
+
 def test_a_weight_of_two_is_the_row_twice():
     x = np.geomspace(1, 100, 8)
     y = 5 * x**-0.3 * np.exp(0.02 * np.random.default_rng(0).standard_normal(8))
@@ -200,8 +161,10 @@ def test_a_weight_of_two_is_the_row_twice():
         weighted = fit_power(x, y, weights=weights, objective=objective, bootstrap=0)
         doubled = fit_power(np.append(x, x[3]), np.append(y, y[3]), objective=objective, bootstrap=0)
         assert weighted.value == pytest.approx(doubled.value, rel=1e-7)
-        assert weighted.params == pytest.approx(doubled.params, rel=1e-5)  # Huber's optimum may be a short flat stretch
-        assert weighted.params != pytest.approx(fit_power(x, y, objective=objective, bootstrap=0).params, rel=1e-4)
+        flat = 1e-2 if objective != "lsq" else 1e-6  # the optimum of absolute deviations may be a short flat stretch
+        assert weighted.params == pytest.approx(doubled.params, rel=flat)
+        alone = fit_power(x, y, objective=objective, bootstrap=0)
+        assert weighted.value > alone.value * 1.001
 
 
 def test_the_frontier_is_where_the_loss_is_lowest_at_equal_compute():
@@ -217,33 +180,13 @@ def test_the_frontier_is_where_the_loss_is_lowest_at_equal_compute():
 # Certainty ------------------------------------------------------------------------------------------------------------
 
 
-def test_intervals_cover_the_truth_at_their_stated_rate():
-    hits = {name: 0 for name in (*TINY, "a", "forecast")}
-    studies = 60
-    rng = np.random.default_rng(3)
-    start = [[TINY[name] for name in SURFACE.params]]
-    for study in range(studies):
-        N = np.exp(rng.uniform(np.log(2e4), np.log(1e6), 60))
-        D = np.exp(rng.uniform(np.log(3e5), np.log(3e7), 60))
-        fit = fit_surface(N, D, noisy(TINY, N, D, 0.005, study), objective="lsq", bootstrap=200, starts=start)
-        for name, value in TINY.items():
-            hits[name] += fit.intervals[name][0] <= value <= fit.intervals[name][1]
-        low, high = fit.a_interval
-        hits["a"] += low <= TINY["beta"] / (TINY["alpha"] + TINY["beta"]) <= high
-        row = fit.predict(4e6, 1e8).iloc[0]
-        hits["forecast"] += row["low"] <= evaluate_law("surface", TINY, 4e6, 1e8) <= row["high"]
-    # A true rate of 95 % gives 52 or fewer of 60 in 1.5 % of cases, and rarely all 60 for every quantity.
-    assert all(count >= 52 for count in hits.values()), hits
-    assert sum(hits.values()) < studies * len(hits)
-
-
 def test_few_points_get_wide_intervals_that_cover():
     x, hits = np.geomspace(1e5, 3e6, 4), 0
     for study in range(100):
         y = 20 * x**-0.2 * np.exp(0.003 * np.random.default_rng(study).standard_normal(4))
         low, high = fit_power(x, y, bootstrap=100, seed=study).intervals["alpha"]
         hits += low <= 0.2 <= high
-    assert 88 <= hits <= 100
+    assert 91 <= hits <= 100
 
 
 def test_a_prediction_interval_adds_the_seeds_spread():
@@ -260,7 +203,7 @@ def test_drawing_whole_clusters_widens_what_runs_of_one_size_share():
     sizes = np.repeat(np.geomspace(2e4, 1e6, 10), 8)
     D = np.exp(rng.uniform(np.log(3e5), np.log(3e7), 80))
     shared = np.repeat(0.02 * rng.standard_normal(10), 8)
-    L = evaluate_law("surface", TINY, sizes, D) * np.exp(shared + 0.001 * rng.standard_normal(80))
+    L = evaluate_law("surface", SMALL, sizes, D) * np.exp(shared + 0.001 * rng.standard_normal(80))
     rows = fit_surface(sizes, D, L, bootstrap=200)
     by_size = fit_surface(sizes, D, L, bootstrap=200, clusters=sizes)
     width = [np.diff(fit.intervals["alpha"])[0] for fit in (rows, by_size)]
@@ -273,9 +216,139 @@ def test_a_collinear_design_is_told_in_plain_words():
     assert any("D = 20 N in" in w and "alpha and beta cannot be told apart" in w for w in fit.warnings)
     assert {fit.status[name] for name in ("A", "B", "alpha", "beta")} == {"not identified"}
     assert "cannot be told apart" in fit.sentence()
-    spread = fit_surface(*design(40), noisy(CHINCHILLA, *design(40), 0.005), bootstrap=50)
-    assert not spread.warnings
-    assert fit.condition > 3 * spread.condition
+    wide = fit_surface(*design(40), noisy(CHINCHILLA, *design(40), 0.005), bootstrap=50)
+    assert not wide.warnings and wide.a_status == "identified"
+    assert fit.condition > 3 * wide.condition
+    assert fit.a_status == "not identified" and "cannot be told apart" in fit.reasons["beta"]
+
+
+def test_one_budget_shows_a_best_size_and_no_exponent():
+    N = np.geomspace(1e8, 1e10, 15)
+    D = 1e20 / 6 / N
+    fit = fit_surface(N, D, noisy(CHINCHILLA, N, D, 0.001), bootstrap=50)
+    assert any("one budget" in w for w in fit.warnings)
+    assert fit.a_status == "not identified" and fit.status["alpha"] == fit.status["beta"] == "not identified"
+    best = N[np.argmin(fit.predict(N, D)["loss"])]  # what it can show, it does
+    assert best == N[np.argmin(evaluate_law("surface", CHINCHILLA, N, D))]
+
+
+def test_a_loss_that_rises_is_no_law_of_falling():
+    N, D = design(60)
+    L = evaluate_law("surface", CHINCHILLA, N, D) * (D / 1e10) ** 0.3
+    fit = fit_surface(N, D, L, bootstrap=50)
+    assert any("does not fall with D" in w for w in fit.warnings) and fit.status["beta"] == "not identified"
+
+
+def test_copies_of_rows_do_not_make_a_fit_surer():
+    N, D = design(50)
+    L = noisy(CHINCHILLA, N, D, 0.005)
+    once = fit_surface(N, D, L, bootstrap=300)
+    thrice = fit_surface(*(np.tile(v, 3) for v in (N, D, L)), bootstrap=300)
+    assert any("100 of 150 rows are exact copies" in w for w in thrice.warnings) and not once.warnings
+    widths = [np.diff(fit.intervals["alpha"])[0] for fit in (once, thrice)]
+    assert widths[1] == pytest.approx(widths[0], rel=0.2)
+    assert thrice.params == pytest.approx(once.params, rel=1e-4)
+
+
+def test_what_repeats_are_worth_is_not_identified_from_few_epochs():
+    N, D, U = repeated(80, most=2.0)
+    L = evaluate_law("data-constrained", REPEATED, N, D, U) * np.exp(
+        0.005 * np.random.default_rng(0).standard_normal(80)
+    )
+    fit = fit_data_constrained(N, D, U, L, bootstrap=200)
+    assert fit.status["R_D"] == "not identified" and fit.status["alpha"] == "identified"
+    once = fit_data_constrained(N, U, U, evaluate_law("surface", CHINCHILLA, N, U), bootstrap=50)
+    assert any("distinct numbers of epochs" in w for w in once.warnings) and once.status["R_D"] == "not identified"
+
+
+def test_another_optimum_as_good_takes_the_certainty_away():
+    fit = Fit("power", {"A": 3.0, "alpha": 0.3}, {"A": (2.5, 3.5), "alpha": (0.28, 0.32)})
+    fit.status = {"A": "identified", "alpha": "identified"}
+    fit.rivals = pd.DataFrame({"A": [3.2], "alpha": [0.4], "value": [1.0]})
+    scaling._doubt(fit)
+    assert fit.status == {"A": "identified", "alpha": "not identified"}
+    assert "alpha = 0.4" in fit.reasons["alpha"] and fit.reasons["alpha"] in fit.warnings
+
+
+def test_the_profile_limit_of_least_squares_is_the_f_test():
+    r, w = 0.01 * np.random.default_rng(0).standard_normal(40), np.ones(40)
+    exact = 0.5 * (r**2).sum() / (40 - 3) * stats.f.ppf(0.95, 1, 37)  # of half the sum of squares
+    assert profile_threshold(r, w, 3, "lsq", 1e-3) == pytest.approx(exact, rel=1e-12)
+    assert profile_threshold(r, w, 3, "huber", 1.0) == pytest.approx(exact, rel=1e-12)
+    # Absolute deviations of normal noise: the median's variance is pi / 2 times the mean's
+    r = 0.01 * np.random.default_rng(0).standard_normal(20000)
+    exact = 0.5 * stats.chi2.ppf(0.95, 1) * scaling.LAD_DELTA * 0.01 * np.sqrt(np.pi / 2)
+    assert profile_threshold(r, np.ones(20000), 3, "lad", 1e-3) == pytest.approx(exact, rel=0.1)
+
+
+def test_a_rows_pull_is_its_leverage_and_a_clusters_that_of_its_worst_direction():
+    x = np.array([1.0, 1.5, 2.0, 2.5, 30.0, 40.0, 55.0])
+    design, w = np.stack([np.ones(7), -np.log(x)], axis=1), np.linspace(1, 2, 7)
+    hat = (
+        np.sqrt(w)[:, None]
+        * design
+        @ np.linalg.inv(design.T @ (w[:, None] * design))
+        @ (np.sqrt(w)[:, None] * design).T
+    )
+    np.testing.assert_allclose(scaling._pulls(design, w, np.arange(7)), np.diag(hat), rtol=1e-9)
+    units = np.array([0, 0, 0, 1, 1, 2, 3])
+    worst = [np.linalg.eigvalsh(hat[np.ix_(units == g, units == g)])[-1] for g in range(4)]
+    np.testing.assert_allclose(scaling._pulls(design, w, units), np.minimum(worst, 2 / 3), rtol=1e-9)
+
+
+def test_resamples_of_a_straight_line_spread_as_hc3_with_students_t():
+    x = np.geomspace(1, 100, 40)
+    sd = np.where(np.arange(40) % 10 == 0, 0.05, 0.01)  # of unequal noise
+    y = 3 * x**-0.2 * np.exp(sd * np.random.default_rng(1).standard_normal(40))
+    fit = fit_power(x, y, objective="lsq", bootstrap=4000)
+    design = np.stack([np.ones(40), -np.log(x)], axis=1)
+    inverse = np.linalg.inv(design.T @ design)
+    pull = np.einsum("ij,jk,ik->i", design, inverse, design)
+    scores = design * (fit.data["residual"].to_numpy() / (1 - pull))[:, None]
+    hc3 = np.sqrt((inverse @ scores.T @ scores @ inverse)[1, 1])
+    low, high = fit.intervals["alpha"]
+    assert (high - low) / 2 == pytest.approx(stats.t.ppf(0.975, 38) * hc3, rel=0.1)
+
+
+def weak_rows(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Three tiny budgets of three sizes each and two cuts through them, as noisy as the tiniest runs are."""
+    rng = np.random.default_rng(seed)
+    C = np.repeat([1e9, 2e9, 4e9], 3)
+    N = np.append(np.tile([6e3, 1e4, 1.4e4], 3), [6e3, 1e4, 6e3, 6e3, 6e3])
+    D = np.append(C / 6 / N[:9], [4e4, 4e4, 2e4, 3e4, 9e4])
+    return N, D, (4.0 * (D / 2e4) ** -0.03 + 0.8 * (N / 6e3) ** -0.1) * np.exp(0.01 * rng.standard_normal(len(N)))
+
+
+@pytest.mark.parametrize("objective", scaling.OBJECTIVES)
+@pytest.mark.parametrize("seed", range(2))
+def test_an_interval_from_weak_rows_holds_its_own_prediction_and_stays_sane(seed, objective):
+    N, D, L = weak_rows(seed)
+    fit = fit_surface(N, D, L, objective=objective, bootstrap=60, seed=seed)
+    for seed_sd in (0.0, 0.05):
+        told = fit.predict(np.append(N, 2e4), np.append(D, 2e5), seed_sd=seed_sd)
+        assert (told["low"] <= told["loss"]).all() and (told["loss"] <= told["high"]).all()
+        assert told["high"].max() < 2 * L.max() and told["low"].min() > 0.25 * L.min()
+    assert all(fit.intervals[name][0] <= value <= fit.intervals[name][1] for name, value in fit.params.items())
+    assert fit.a_interval[0] <= fit.a <= fit.a_interval[1]
+    assert fit.status["E"] != "identified" and fit.intervals["E"][1] <= L.max()
+
+
+def test_an_interval_reaches_a_prediction_that_all_refits_miss():
+    draws = np.random.default_rng(0).uniform(3.0, 3.1, (500, 1))
+    low, high = prediction_interval(draws, 0.0, np.array([2.9]))
+    assert low[0] == 2.9 and 3.09 < high[0] < 3.1
+    low, high = prediction_interval(draws, 0.1, np.array([2.9]))
+    assert low[0] == pytest.approx(2.9 - 1.96 * 0.1, abs=1e-3)
+    assert high[0] == prediction_interval(draws, 0.1)[1][0]
+
+
+def test_a_floor_that_ends_at_zero_may_still_be_large():
+    N, D, L = weak_rows(1)
+    fit = fit_surface(N, D, L, bootstrap=60)
+    assert fit.params["E"] == 0
+    assert fit.intervals["E"][1] > 0.25 * L.min() and fit.status["E"] == "not identified"
+    assert "identified" not in {*fit.status.values(), fit.a_status}
+    assert any("Floors from 0 to" in said for said in fit.warnings)
 
 
 def test_two_sizes_do_not_make_a_law_in_size():
@@ -340,155 +413,11 @@ def test_bad_rows_are_named_and_too_few_are_refused():
         fit_surface(N, D[:-1], L)
     with pytest.raises(LabError, match="at least 5 rows"):
         fit_surface(N[:4], D[:4], L[:4])
+    with pytest.raises(LabError, match="one cluster a row"):
+        fit_surface(N, D, L, clusters=[1, 2])
     with pytest.raises(LabError, match="huber, lsq, lad"):
         fit_surface(N, D, L, objective="l2")
+    with pytest.raises(LabError, match="delta"):
+        fit_surface(N, D, L, delta=0.0)
     with pytest.raises(LabError, match="params and tokens"):
         Fit("surface", CHINCHILLA).predict(1e9)
-
-
-# Learning rates -------------------------------------------------------------------------------------------------------
-
-
-def rates(losses: dict[float, float], **more) -> pd.DataFrame:
-    rows = [
-        {"learning_rate": r, "val_loss": L, "budget": 1e11, "params_total": 1000, **more} for r, L in losses.items()
-    ]
-    return pd.DataFrame(rows)
-
-
-def test_the_best_rate_is_the_vertex_of_the_parabola():
-    vertex = 0.0093
-    losses = {r: 3.2 + 0.15 * np.log(r / vertex) ** 2 for r in (0.004, 0.008, 0.016)}
-    row = best_learning_rate(rates(losses, tokens_seen=5000, family="a")).iloc[0]
-    assert row["learning_rate"] == pytest.approx(vertex) and row["val_loss"] == pytest.approx(3.2)
-    assert row["curvature"] == pytest.approx(0.15) and row["fitted"] and row["edge"] == ""
-    assert row["tokens_seen"] == 5000 and row["family"] == "a"
-
-
-def test_seeds_at_one_rate_count_by_their_mean():
-    frame = pd.concat([rates({0.004: 3.3, 0.008: 3.1 + d, 0.016: 3.3}) for d in (-0.1, 0.1)])
-    assert best_learning_rate(frame).iloc[0]["val_loss"] == pytest.approx(3.1)
-
-
-@pytest.mark.parametrize(
-    ("losses", "edge"),
-    [
-        ({0.004: 3.0, 0.008: 3.1, 0.016: 3.3}, "low"),
-        ({0.004: 3.3, 0.008: 3.1, 0.016: 3.0}, "high"),
-        ({0.008: 3.0}, "single"),
-        ({0.004: 3.3, 0.008: 3.1, 0.016: np.nan}, ""),  # the larger rate was tried, and diverged
-    ],
-)
-def test_an_optimum_at_the_edge_is_flagged(losses, edge):
-    row = best_learning_rate(rates(losses)).iloc[0]
-    assert row["edge"] == edge and not row["fitted"]
-    assert row["val_loss"] == np.nanmin(list(losses.values()))
-
-
-def test_a_diverged_run_counts_at_infinite_loss_whatever_it_recorded():
-    frame = rates({0.004: 3.3, 0.008: 3.1, 0.016: 2.0}).assign(status=["finished", "finished", "diverged"])
-    assert best_learning_rate(frame).iloc[0]["learning_rate"] == 0.008
-    with pytest.raises(LabError, match="finite"):
-        best_learning_rate(frame.assign(status="diverged"))
-
-
-def test_the_rate_rule_recovers_powers_of_size_and_tokens():
-    rows = []
-    for N in (1e4, 3e4, 1e5):
-        for D in (1e6, 4e6, 9e6):
-            best = 0.01 * (N / 3e4) ** -0.4 * (D / 3e6) ** -0.2
-            losses = {r: 3 + 0.1 * np.log(r / best) ** 2 for r in best * np.array([0.6, 1.2, 2.4])}
-            rows.append(rates(losses).assign(budget=N * D, params_total=N, tokens_seen=D))
-    rule = learning_rate_rule(pd.concat(rows))
-    assert rule.form == "N and D" and rule.n == 9
-    assert (rule.params_exponent, rule.tokens_exponent) == pytest.approx((-0.4, -0.2), abs=1e-6)
-    assert rule.predict(1e6, 1e8) == pytest.approx(0.01 * (1e6 / 3e4) ** -0.4 * (1e8 / 3e6) ** -0.2)
-    assert rule.predict(np.array([1e4, 1e5]), 1e6).shape == (2,)
-    assert list(rule.table().index) == ["rate", "params_exponent", "tokens_exponent"]
-    assert "tokens^-0.20" in rule.sentence()
-    with pytest.raises(LabError, match="tokens"):
-        rule.predict(1e6)
-
-
-def test_the_rate_rule_uses_only_what_the_data_supports():
-    frame = families(budgets=(1e11,))  # one budget: D = C / 6 N, so only N can be told
-    rule = learning_rate_rule(frame)
-    assert rule.form == "N" and rule.params_exponent == pytest.approx(-0.35, abs=1e-6)
-    assert rule.predict(4e4) == pytest.approx(0.012, rel=1e-6)
-    one = learning_rate_rule(frame[frame.params_total == frame.params_total.iloc[0]])
-    assert one.form == "constant" and any("one rate for all" in w for w in one.warnings)
-
-
-def test_optima_at_an_edge_do_not_bend_the_rate_rule():
-    frame = families()
-    first = frame.params_total == frame.params_total.min()
-    frame.loc[first, "val_loss"] = 4 + frame.loc[first, "learning_rate"]  # falls towards the smallest rate tried
-    rule = learning_rate_rule(frame)
-    assert rule.edges == 1 and rule.n == 14 and any("1 of 15" in w for w in rule.warnings)
-    assert rule.params_exponent == pytest.approx(-0.35, abs=1e-6)
-
-
-# isoFLOPs -------------------------------------------------------------------------------------------------------------
-
-
-def test_isoflop_minima_are_the_vertices_of_their_parabolas():
-    N, rows = np.geomspace(2e4, 2e5, 5), []
-    for C, centre in ((1e11, 5e4), (4e11, 9e4)):
-        for size in N:
-            L = 3 + 0.1 * np.log(size / centre) ** 2
-            rows.append({"budget": C, "params_total": size, "tokens_seen": C / (7 * size**0.9), "val_loss": L})
-    minima = isoflop_minima(pd.DataFrame(rows))
-    assert minima["params_opt"].tolist() == pytest.approx([5e4, 9e4])
-    assert minima["loss_min"].tolist() == pytest.approx([3, 3]) and minima["inside"].all()
-    # D is read off the runs, whatever a token costs: here 7 N^0.9 FLOPs
-    assert minima["tokens_opt"].tolist() == pytest.approx([C / (7 * N**0.9) for C, N in ((1e11, 5e4), (4e11, 9e4))])
-
-
-def test_a_minimum_outside_its_sizes_is_flagged_and_enters_no_law():
-    frame = families()
-    low = frame[frame.budget == 4e11].params_total.quantile(0.6)
-    frame = frame[~((frame.budget == 4e11) & (frame.params_total < low))]
-    minima = isoflop_minima(frame)
-    assert minima["inside"].tolist() == [True, True, False]
-    edge = minima.iloc[2]
-    assert edge["params_opt"] == frame[frame.budget == 4e11].params_total.min()
-    laws = isoflop_laws(frame, bootstrap=50)
-    assert laws.laws["N_opt"].n == 2 and any("4e+11" in w for w in laws.warnings)
-    assert "Two budgets always lie on a line" in laws.laws["N_opt"].sentence()
-    with pytest.raises(LabError, match="at least two budgets"):
-        isoflop_laws(frame[frame.budget != 1e11])
-
-
-def test_isoflop_laws_find_the_exponents_of_the_surface():
-    laws = isoflop_laws(families(budgets=np.geomspace(1e11, 1e13, 5), sizes=7, shift=0.0), bootstrap=100).laws
-    a = TINY["beta"] / (TINY["alpha"] + TINY["beta"])
-    assert laws["N_opt"].a == pytest.approx(a, abs=0.02)
-    assert laws["D_opt"].a == pytest.approx(1 - a, abs=0.02)
-    assert laws["N_opt"].a + laws["D_opt"].a == pytest.approx(1, abs=1e-3)
-    assert laws["L_min"].params["alpha"] > 0
-
-
-def test_isoflop_intervals_come_from_the_runs_and_cover():
-    a, hits = TINY["beta"] / (TINY["alpha"] + TINY["beta"]), 0
-    for study in range(40):
-        iso = isoflop_laws(families(sd=0.008, seed=study), bootstrap=200, seed=study)
-        low, high = iso.laws["N_opt"].intervals["a"]
-        hits += low <= a <= high
-    assert 34 <= hits <= 40
-    assert (iso.minima["params_low"] < iso.minima["params_opt"]).all()
-    assert iso.scatter == pytest.approx(0.008, rel=0.8)
-    assert set(iso.table().index.get_level_values("law")) == {"N_opt", "D_opt", "L_min"}
-
-
-def test_three_sizes_a_budget_need_a_seed_spread_for_intervals():
-    frame = families(sizes=3, sd=0.002)
-    without = isoflop_laws(frame, bootstrap=50)
-    assert any("give seed_sd" in w for w in without.warnings)
-    assert np.isnan(without.laws["N_opt"].intervals["a"][0])
-    low, high = isoflop_laws(frame, bootstrap=50, seed_sd=0.002).laws["N_opt"].intervals["a"]
-    assert low < without.laws["N_opt"].a < high
-
-
-def test_a_table_without_the_columns_is_refused_by_name():
-    with pytest.raises(LabError, match="val_loss"):
-        isoflop_minima(families().drop(columns="val_loss"))

@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import inspect
 import json
-import math
 import os
 import sys
 import typing
@@ -237,9 +235,15 @@ def import_(folder: Path, prompt: str, max_seq_len: int | None, **values) -> Non
 
 @main.command()
 @click.argument("table", metavar="FILE.csv", type=click.Path(path_type=Path))
-@click.option("--params", default="params_total", show_default=True, metavar="COLUMN", help="Parameters of the model.")
-@click.option("--tokens", default="tokens_seen", show_default=True, metavar="COLUMN", help="Tokens of training.")
-@click.option("--loss", default="val_loss", show_default=True, metavar="COLUMN", help="Loss at the end of the run.")
+@click.option("--params", metavar="COLUMN", help="Parameters of the model; by default params_total.")
+@click.option("--tokens", metavar="COLUMN", help="Tokens of training; by default tokens_seen, or FLOPs / 6N.")
+@click.option("--loss", metavar="COLUMN", help="Loss at the end of the run; by default val_loss.")
+@click.option("--flops", metavar="COLUMN", help="FLOPs of training.")
+@click.option("--unique-tokens", metavar="COLUMN", help="Distinct tokens among those of training.")
+@click.option("--drop", multiple=True, metavar="RULE", help='Leave rows out, as "loss>4"; may be given again.')
+@click.option("--objective", type=click.Choice(["huber", "lsq", "lad"]), default="huber", show_default=True)
+@click.option("--delta", type=float, default=1e-3, show_default=True, help="Of Huber's objective, on log loss.")
+@click.option("--form", type=click.Choice(["surface", "power", "isoflop", "data-constrained"]), help="See below.")
 @click.option(
     "--bootstrap",
     type=click.IntRange(min=0),
@@ -249,58 +253,26 @@ def import_(folder: Path, prompt: str, max_seq_len: int | None, **values) -> Non
     help="Resamples; 0 is none.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def fit(table: Path, params: str, tokens: str, loss: str, bootstrap: int, as_json: bool) -> None:
-    """Fit L(N, D) = E + A / N^alpha + B / D^beta to a table of runs, one row each."""
-    columns = _numbers_of(table, [params, tokens, loss])
-    from tinylm.study.scaling import fit_surface
+def fit(
+    table: Path, drop: tuple[str, ...], objective: str, delta: float, form: str | None, bootstrap: int, as_json: bool,
+    **columns: str | None,
+) -> None:  # fmt: skip
+    """Fit a scaling law to a table of runs, one row each, and say what of it these rows can tell.
 
-    law = fit_surface(*columns, bootstrap=bootstrap)
-    if as_json:
-        click.echo(json.dumps(law.to_dict(), indent=2))
-        return
-    low, high = law.a_interval
-    click.echo(f"L(N, D) = E + A / N^alpha + B / D^beta, from {law.n} rows of {table}; intervals are 95 %\n")
-    click.echo(law.table().to_string(float_format="{:.5g}".format))
-    click.echo(f"\nN_opt grows as C^{law.a:.3f}" + (f" ({low:.3f} to {high:.3f})" if low == low else ""))
-    for warning in law.warnings:
-        click.echo(f"warning: {warning}", err=True)
+    \b
+    surface           L(N, D) = E + A / N^alpha + B / D^beta (the default)
+    data-constrained  the same where text is repeated (the default with --unique-tokens)
+    isoflop           the best size at each budget, and its power laws
+    power             L(x) = E + A / x^alpha in the one column given, or along the frontier of compute
 
+    A rule of --drop compares params, tokens, loss, flops, epochs or any column of the file with a value, as in "loss>4" or
+    "params<1e6 and status!=finished"; the rule `bad` leaves out rows without positive, finite numbers. Nothing else is left
+    out but a first line of units, and the report names every line left out.
+    """
+    from tinylm.study.tables import fit_file
 
-def _numbers_of(table: Path, columns: list[str]) -> list[list[float]]:
-    """Columns of a CSV file as positive numbers. Raises LabError that names the lines, as an editor counts them, where
-    they are not."""
-    found: list[list[float]] = [[] for _ in columns]
-    wrong = []
-    try:
-        with open(table, newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file)
-            names = rows.fieldnames or []
-            for name in columns:
-                if name not in names:
-                    raise LabError(
-                        "The table must have the column",
-                        f"no {name!r} in {table}",
-                        f"the columns are {', '.join(names)}",
-                    )
-            for row in rows:
-                for name, values in zip(columns, found, strict=True):
-                    try:
-                        values.append(float(row[name]))
-                    except (TypeError, ValueError):
-                        values.append(math.nan)
-                    if not 0 < values[-1] < math.inf:
-                        wrong.append(f"line {rows.line_num}: {name}={row[name]!r}")
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise LabError(
-            "The table must be a readable CSV file in UTF-8", f"{table}: {error}", "check the path"
-        ) from error
-    if wrong:
-        raise LabError(
-            "Every row must hold positive, finite numbers",
-            "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""),
-            "mend those lines or leave them out",
-        )
-    return found
+    answer = fit_file(table, columns, form, drop, objective, delta, bootstrap)
+    click.echo(json.dumps(answer.content, indent=2, allow_nan=False) if as_json else answer.text)
 
 
 @main.command()

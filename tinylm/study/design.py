@@ -35,6 +35,8 @@ LADDER = (
     (512, 9, 8),
 )
 
+SIZE_GROWTH = 0.45  # the best size of a budget grows about as budget^0.45: where a family is looked for, no finding
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -137,18 +139,21 @@ def rung_sizes(recipe: Recipe, vocab_size: int, ladder: Iterable[tuple[int, int,
 def expected_best_size(budget: float, vocab_size: int) -> float:
     """Where an isoFLOP family is centred before anything is known: 35,000 parameters at 1e11 FLOPs and 512 tokens of
     vocabulary, growing as budget^0.45. Only a start: a family whose minimum lies at its edge is extended."""
-    return 35e3 * (vocab_size / 512) ** 0.3 * (budget / 1e11) ** 0.45
+    return 35e3 * (vocab_size / 512) ** 0.3 * (budget / 1e11) ** SIZE_GROWTH
 
 
 def isoflop_points(recipe: Recipe, vocab_size: int, budgets: Iterable[float], sizes: int = 5) -> list[Point]:
-    """For each budget, ``sizes`` neighbouring rungs around the expected minimum, each on the tokens that the budget buys."""
+    """For each budget, a family around the size that is expected to be best before anything is known."""
+    centres = [(budget, expected_best_size(budget, vocab_size)) for budget in budgets]
+    return [point for centre in centres for point in isoflop_family(recipe, vocab_size, *centre, sizes)]
+
+
+def isoflop_family(recipe: Recipe, vocab_size: int, budget: float, params: float, sizes: int = 5) -> list[Point]:
+    """``sizes`` neighbouring rungs around ``params`` parameters, each on the tokens that the budget buys."""
     rungs = rung_sizes(recipe, vocab_size)
-    points = []
-    for budget in budgets:
-        distance = (rungs.params_total / expected_best_size(budget, vocab_size)).map(math.log).abs()
-        first = min(max(0, int(distance.idxmin()) - sizes // 2), len(rungs) - sizes)
-        points += [isoflop_point(recipe, vocab_size, LADDER[i], budget) for i in range(first, first + sizes)]
-    return points
+    distance = (rungs.params_total / params).map(math.log).abs()
+    first = min(max(0, int(distance.idxmin()) - sizes // 2), len(rungs) - sizes)
+    return [isoflop_point(recipe, vocab_size, LADDER[i], budget) for i in range(first, first + sizes)]
 
 
 def isoflop_point(recipe: Recipe, vocab_size: int, shape: tuple[int, int, int], budget: float) -> Point:
@@ -192,9 +197,12 @@ def tune(
 
 
 def _edge(runs: pd.DataFrame) -> float | None:
-    """The rate to add where the best of a point's runs lies at the edge of its bracket; None where it lies inside."""
+    """The rate to add where the best of a point's runs lies at the edge of its bracket; None where it lies inside, and where
+    a single rate was asked for and went well: that is no bracket."""
     runs = runs.sort_values("learning_rate")
     losses = runs.val_loss.fillna(math.inf).to_numpy()  # a diverged run is the worst there is
+    if len(losses) == 1 and losses[0] < math.inf:
+        return None
     best = int(losses.argmin())
     if best == 0:
         return float(runs.learning_rate.iloc[0] / 2)
@@ -207,3 +215,17 @@ def best_runs(frame: pd.DataFrame) -> pd.DataFrame:
     """The run of lowest loss of each point; a point whose every run diverged has none."""
     ended = frame[frame.val_loss.notna()]
     return ended.loc[ended.groupby("point").val_loss.idxmin()].reset_index(drop=True)
+
+
+def sizes_beyond(best: pd.DataFrame, points: list[Point], recipe: Recipe, vocab_size: int) -> list[Point]:
+    """The next rung of each isoFLOP family whose best size is its smallest or largest, where the ladder has one. best: one row
+    a point, with budget, params_total and val_loss."""
+    beyond = []
+    for budget, family in best.groupby("budget"):
+        family = family.sort_values("params_total").reset_index()
+        lowest = int(family.val_loss.idxmin())
+        rungs = [LADDER.index(point.shape) for point in points if point.budget == budget]
+        rung = min(rungs) - 1 if lowest == 0 else max(rungs) + 1 if lowest == len(family) - 1 else -1
+        if 0 <= rung < len(LADDER):
+            beyond.append(isoflop_point(recipe, vocab_size, LADDER[rung], budget))
+    return beyond

@@ -16,9 +16,18 @@ from pathlib import Path
 from tinylm import errors
 from tinylm.errors import LabError
 from tinylm.files import write_whole
-from tinylm.study.parameters import QuickstartParameters, RecipeParameters, repository, validate
+from tinylm.study.parameters import (
+    ComputeParameters,
+    DataParameters,
+    ModelParameters,
+    QuickstartParameters,
+    RecipeParameters,
+    repository,
+    validate,
+)
 
-PARAMETERS = {kind.study: kind for kind in (QuickstartParameters, RecipeParameters)}
+_KINDS = (QuickstartParameters, RecipeParameters, DataParameters, ModelParameters, ComputeParameters)
+PARAMETERS = {kind.study: kind for kind in _KINDS}
 
 # The names under which a kernel reports the errors that are meant for a person.
 _FOR_PEOPLE = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, LabError)}

@@ -185,3 +185,29 @@ class QuickstartParameters(StudyParameters):
     @property
     def data(self) -> DataConfig:
         return dataclasses.replace(super().data, tokenizer=self.tokenizer, field=self.field or None)
+
+
+@dataclass(frozen=True)
+class DataParameters(StudyParameters):
+    """What can be asked of studies/data_scaling.ipynb."""
+
+    study: typing.ClassVar[str] = "data_scaling"
+    presets: typing.ClassVar[tuple[str, ...]] = ("smoke", "quick", "full")
+
+
+@dataclass(frozen=True)
+class ModelParameters(StudyParameters):
+    """What can be asked of studies/model_scaling.ipynb."""
+
+    study: typing.ClassVar[str] = "model_scaling"
+    presets: typing.ClassVar[tuple[str, ...]] = ("smoke", "quick", "full")
+
+
+@dataclass(frozen=True)
+class ComputeParameters(QuickstartParameters):
+    """What can be asked of studies/compute_scaling.ipynb: the same as of the quickstart."""
+
+    preset: str = "full"
+
+    study: typing.ClassVar[str] = "compute_scaling"
+    usual_preset: typing.ClassVar[str] = "full"

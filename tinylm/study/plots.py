@@ -769,3 +769,222 @@ def curves(frame: pd.DataFrame, ax: Axes | None = None, by: str = "run_id", titl
     ax.set_ylabel("loss (nats/token)" if "train_loss" in frame else LOSS)
     _legend_beside(ax, title or by)
     return ax
+
+
+# ------------------------------------------------------------------------------------------------ studies of one knob
+
+
+@_styled
+def epochs(
+    frame: pd.DataFrame,
+    ax: object = None,
+    predict: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray] | None = None,
+    ended: str = "ended",
+) -> object:
+    """Loss against the epochs a run was made for, a panel a size, a line an amount of distinct tokens. Hollow marks are
+    runs that stopped early, at the best loss on their way.
+
+    frame: one row a place, with size, amount, passes, params_total, ``ended`` (a mask), end_loss and val_loss. predict: a
+    law's loss from arrays of parameters, tokens of training and distinct tokens, drawn as thin lines. Returns ``ax``, or
+    the list of new axes."""
+    sizes, amounts = list(dict.fromkeys(frame["size"])), sorted(frame["amount"].unique())
+    panels = _panels(ax, len(sizes), (3.6, 3.6))
+    tried = sorted(frame["passes"].unique())
+    for panel, size in zip(panels, sizes, strict=True):
+        for amount, group in frame[frame["size"] == size].groupby("amount"):
+            index, group = amounts.index(amount), group.sort_values("passes")
+            colour, mark = _colour(index, len(amounts)), _marker(index)
+            whole, stopped = group[group[ended]], group[~group[ended]]
+            panel.plot(whole["passes"], whole["end_loss"], mark, color=colour)
+            panel.plot(stopped["passes"], stopped["val_loss"], mark, color=colour, markerfacecolor="white")
+            if predict is None:
+                panel.plot(whole["passes"], whole["end_loss"], color=colour, linewidth=1.2)
+            elif len(whole):
+                x = np.geomspace(1, whole["passes"].max(), 40)
+                params, unique = np.full(len(x), float(whole["params_total"].iloc[0])), np.full(len(x), float(amount))
+                panel.plot(x, predict(params, x * amount, unique), color=colour, linewidth=1.2)
+        _epochs_axis(panel, tried)
+        panel.set_title(size)
+    low, high = (f(panel.get_ylim()[i] for panel in panels) for i, f in ((0, min), (1, max)))
+    for panel in panels:
+        panel.set_ylim(low, high)
+    panels[0].set_ylabel(LOSS)
+    handles = [
+        Line2D([], [], color=_colour(i, len(amounts)), marker=_marker(i), label=quantity(amount))
+        for i, amount in enumerate(amounts)
+    ]
+    if not frame[ended].all():
+        handles.append(
+            Line2D([], [], color=GREY, marker="o", markerfacecolor="white", linestyle="none", label="stopped early")
+        )
+    _legend_beside(panels[-1], "distinct tokens", handles)
+    return panels if ax is None else ax
+
+
+def _epochs_axis(panel: Axes, tried: Sequence[float]) -> None:
+    _log(panel, "x", "epochs", _plain)
+    panel.xaxis.set_major_locator(ticker.FixedLocator(tried))
+    panel.xaxis.set_minor_locator(ticker.NullLocator())
+    panel.set_xlim(0.85 * min(tried), 1.18 * max(tried))
+
+
+@_styled
+def overfitting(curves: pd.DataFrame, ax: object = None) -> object:
+    """Validation loss (thick) and training loss (thin) while a text is read again and again: a panel a size, a colour an
+    amount of distinct tokens, a star at the lowest validation loss.
+
+    curves: one row an evaluation, with size, amount, epochs (read so far), val_loss and train_loss. Returns ``ax``, or the
+    list of new axes."""
+    sizes, amounts = list(dict.fromkeys(curves["size"])), sorted(curves["amount"].unique())
+    panels = _panels(ax, len(sizes), (3.6, 3.6))
+    for panel, size in zip(panels, sizes, strict=True):
+        for amount, group in curves[curves["size"] == size].groupby("amount"):
+            colour, group = _colour(amounts.index(amount), len(amounts)), group.sort_values("epochs")
+            panel.plot(group["epochs"], group["train_loss"], color=colour, linewidth=0.9, alpha=0.8, linestyle="--")
+            panel.plot(group["epochs"], group["val_loss"], color=colour)
+            best = group.loc[group["val_loss"].idxmin()]
+            panel.plot(
+                best["epochs"], best["val_loss"], "*", color=colour, markersize=11, markeredgecolor="black",
+                markeredgewidth=0.6, zorder=5,
+            )  # fmt: skip
+        _log(panel, "x", "epochs read so far", _plain)
+        panel.set_title(size)
+    shown = curves[curves["epochs"] >= curves["epochs"].max() / 16]  # the first steps would squeeze all that follows
+    low, high = shown[["val_loss", "train_loss"]].min().min(), shown[["val_loss", "train_loss"]].max().max()
+    for panel in panels:
+        panel.set_ylim(low - 0.04 * (high - low), high + 0.04 * (high - low))
+    panels[0].set_ylabel("loss (nats/token)")
+    handles = [
+        Line2D([], [], color=_colour(i, len(amounts)), label=quantity(amount)) for i, amount in enumerate(amounts)
+    ]
+    handles += [
+        Line2D([], [], color=GREY, label="validation"),
+        Line2D([], [], color=GREY, linewidth=0.9, linestyle="--", label="training"),
+        Line2D([], [], color=GREY, marker="*", markersize=10, linestyle="none", label="lowest"),
+    ]
+    _legend_beside(panels[-1], "distinct tokens", handles)
+    return panels if ax is None else ax
+
+
+@_styled
+def worth(table: pd.DataFrame, ax: object = None) -> object:
+    """How much new text so many epochs stand for, in units of the text itself: a panel a size, a colour an amount. On the
+    grey line a repeated token is as good as a new one.
+
+    table: one row a place, with size, amount, passes, worth, worth_low and worth_high (95 %); NaN where no measured length of
+    fresh text reaches that loss. Returns ``ax``, or the list of new axes."""
+    sizes = list(dict.fromkeys(table["size"]))
+    panels = _panels(ax, len(sizes), (3.6, 3.4))
+    known = table.dropna(subset=["worth"]).query("passes > 1")  # one epoch is worth one by definition
+    amounts = sorted(known["amount"].unique())
+    most = known["passes"].max() if len(known) else 2
+    for panel, size in zip(panels, sizes, strict=True):
+        panel.plot([1, most], [1, most], color=GREY, linewidth=1)
+        for amount, group in known[known["size"] == size].groupby("amount"):
+            index, group = amounts.index(amount), group.sort_values("passes")
+            colour = _colour(index, len(amounts))
+            shift = 1 + 0.03 * (index - 0.5 * (len(amounts) - 1))  # intervals beside one another
+            panel.vlines(
+                group["passes"] * shift, group["worth_low"], group["worth_high"], color=colour, linewidth=3, alpha=0.35
+            )
+            panel.plot(group["passes"] * shift, group["worth"], _marker(index), color=colour)
+        _epochs_axis(panel, sorted({1, *known["passes"]}))
+        _log(panel, "y", "", _plain)
+        panel.set_title(size)
+    low = min([1.0, *known["worth_low"].dropna()])
+    high = max([2.0, *known["worth_high"].dropna()])
+    for panel in panels:
+        panel.set_ylim(max(0.4, 0.9 * low), 1.15 * high)
+    panels[0].set_ylabel("worth in new text\n(times the distinct tokens)")
+    handles = [
+        Line2D([], [], color=_colour(i, len(amounts)), marker=_marker(i), linestyle="none", label=quantity(amount))
+        for i, amount in enumerate(amounts)
+    ]
+    handles.append(Line2D([], [], color=GREY, linewidth=1, label="as good as new"))
+    _legend_beside(panels[-1], "distinct tokens", handles)
+    return panels if ax is None else ax
+
+
+@_styled
+def depths(frame: pd.DataFrame, best: pd.DataFrame, ax: object = None, error: float = 0.0) -> object:
+    """Loss against layers at equal parameters, a panel a family, with the parabola in log layers through its models and a
+    star at the minimum (hollow where it lies outside), with its 95 % interval.
+
+    frame: family, num_layers, hidden_size, val_loss. best: a row a family with family, layers, layers_low, layers_high,
+    loss, inside and the parabola's coefficients a, b, c in log layers. error: half-width (nats) of the bar on each model.
+    Returns ``ax``, or the list of new axes."""
+    names = list(best["family"])
+    panels = _panels(ax, len(names), (3.8, 3.6))
+    for i, (panel, (_, row)) in enumerate(zip(panels, best.iterrows(), strict=True)):
+        group = frame[frame["family"] == row["family"]].sort_values("num_layers")
+        layers, losses, colour = group["num_layers"].to_numpy(float), group["val_loss"].to_numpy(float), COLOURS[i]
+        panel.errorbar(layers, losses, yerr=error or None, fmt=_marker(i), color=colour, elinewidth=2, alpha=0.8)
+        x = np.linspace(np.log(layers[0]), np.log(layers[-1]), 80)
+        panel.plot(np.exp(x), row["a"] * x**2 + row["b"] * x + row["c"], color=colour, linewidth=1.2)
+        ends = [row["layers_low"], row["layers_high"]]
+        if np.isfinite(ends).any():  # an end that is not known lies beyond the layers tried
+            ends = [end if np.isfinite(end) else edge for end, edge in zip(ends, layers[[0, -1]], strict=True)]
+            panel.plot(ends, [row["loss"]] * 2, color=colour, linewidth=6, alpha=0.3, solid_capstyle="butt")
+        panel.plot(
+            row["layers"], row["loss"], "*", color=colour, markersize=13, markeredgecolor="black", markeredgewidth=0.7,
+            markerfacecolor=colour if row["inside"] else "none", zorder=5,
+        )  # fmt: skip
+        for layer, width in zip(layers, group["hidden_size"], strict=True):
+            rim = panel.get_xaxis_transform()
+            panel.annotate(f"{width:d}", (layer, 0.99), xycoords=rim, ha="center", va="top", fontsize=8, color=GREY)
+        panel.annotate("hidden size", (0.01, 0.93), xycoords="axes fraction", va="top", fontsize=8, color=GREY)
+        _log(panel, "x", "layers", _plain)
+        panel.xaxis.set_major_locator(ticker.FixedLocator(layers))
+        panel.xaxis.set_minor_locator(ticker.NullLocator())
+        panel.margins(x=0.12, y=0.2)
+        panel.set_title(row["title"] if "title" in row else row["family"])
+    panels[0].set_ylabel(LOSS)
+    return panels if ax is None else ax
+
+
+@_styled
+def notions(frame: pd.DataFrame, fits: dict[str, Fit], labels: dict[str, str], ax: object = None) -> object:
+    """One law of loss against several notions of size, a panel each: all shapes as one law has to take them, with the
+    family of each as colour and mark. frame: family, val_loss and a column for each notion, the keys of ``fits``. labels: of
+    the axes. Returns ``ax``, or the list of new axes."""
+    families = list(dict.fromkeys(frame["family"]))
+    panels = _panels(ax, len(fits), (3.2, 3.4))
+    for panel, (name, fit) in zip(panels, fits.items(), strict=True):
+        for i, family in enumerate(families):
+            group = frame[frame["family"] == family]
+            panel.plot(group[name], group["val_loss"], _marker(i), color=_colour(i, len(families)), label=family)
+        grid = np.geomspace(frame[name].min(), frame[name].max(), 80)
+        panel.plot(grid, fit.predict(grid)["loss"], color="black", linewidth=1.2, zorder=1)
+        _log(panel, "x", labels[name])
+        _log(panel, "y", "", _plain)
+        miss = 100 * (fit.data["observed"] / fit.data["predicted"] - 1)
+        panel.set_title(f"misses by {np.sqrt((miss**2).mean()):.2f} %", fontsize=9)
+    panels[0].set_ylabel(LOSS)
+    _legend_beside(panels[-1], "family")
+    return panels if ax is None else ax
+
+
+@_styled
+def spreads(frame: pd.DataFrame, ax: Axes | None = None, by: str = "place", loss: str = "val_loss") -> Axes:
+    """How far runs that differ in their seed alone lie from the mean of their place: a line a place, a dot a run, and one
+    standard deviation either way."""
+    groups = list(frame.dropna(subset=[loss]).groupby(by, sort=False)[loss])
+    ax = _axes(ax, (6.8, 1.2 + 0.4 * len(groups)))
+    for i, (_, losses) in enumerate(groups):
+        away = np.sort(losses.to_numpy(float) - losses.mean())
+        ax.plot(
+            [-losses.std(), losses.std()], [i, i], color=COLOURS[0], linewidth=10, alpha=0.25, solid_capstyle="butt"
+        )
+        lift = 0.12 * (np.arange(len(away)) % 3 - 1)  # neighbours do not hide one another
+        ax.plot(away, i + lift, "o", color=COLOURS[1], markersize=5, markeredgecolor="white", markeredgewidth=0.5)
+        words = f"{losses.mean():.3f} ± {losses.std():.3f}"
+        ax.annotate(
+            words, (1.01, i), xycoords=("axes fraction", "data"), va="center", fontsize=9, annotation_clip=False
+        )
+    ax.axvline(0, color=GREY, linewidth=1)
+    ax.set_yticks(range(len(groups)), [str(name) for name, _ in groups])
+    ax.set_ylim(len(groups) - 0.4, -0.6)
+    ax.margins(x=0.1)
+    ax.grid(axis="y", visible=False)
+    ax.set_xlabel("loss away from the mean of its place (nats/token)")
+    return ax

@@ -12,32 +12,28 @@ import functools
 import json
 import math
 import os
-import re
-import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pandas as pd
-from scipy import stats
 
 from tinylm import counts, files
-from tinylm.config import GenerateConfig, TrainConfig
-from tinylm.errors import LabError, TextError
+from tinylm.config import TrainConfig
+from tinylm.errors import TextError
 from tinylm.study import forecasts, planner, plots, scaling
-from tinylm.study.cluster import study_pool
 from tinylm.study.design import (
     LADDER,
     Point,
-    Recipe,
     best_runs,
-    bracket,
-    isoflop_point,
     isoflop_points,
     rung_sizes,
+    sizes_beyond,
     tune,
 )
-from tinylm.study.parameters import QuickstartParameters, repository, within_repository
-from tinylm.study.report import Report, interval, write_table
-from tinylm.study.runs import Folder, Run, about_corpus, prepare_corpus
+from tinylm.study.parameters import QuickstartParameters
+from tinylm.study.report import interval
+from tinylm.study.runs import Run
+from tinylm.study.steps import Study, command, have, known_text
 from tinylm.study.sweep import sweep
 from tinylm.words import duration, quantity
 
@@ -48,7 +44,8 @@ SMALLEST_TEXT = 2_000_000  # bytes; below it the runs of an isoFLOP family would
 class Preset:
     """How much a preset measures. budgets: FLOPs of the isoFLOP families; sizes: rungs in each; moves: how often a bracket of
     learning rates, or a family's range of sizes, may move outward; seeds: runs that measure the noise; beyond: how many times
-    the largest budget the sealed forecast reaches; bootstrap: resamples of a fit; amounts: parts of a small text that are
+    the largest budget the sealed forecast reaches; threads: of the run behind it, which is trained alone; bootstrap: resamples
+    of a fit; amounts: parts of a small text that are
     fitted, the whole being forecast; epochs: how often a small text may be read at most."""
 
     budgets: tuple[float, ...]
@@ -56,6 +53,7 @@ class Preset:
     moves: int = 3
     seeds: int = 8
     beyond: float = 4.0
+    threads: int = 1
     bootstrap: int = 1000
     amounts: tuple[float, ...] = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
     epochs: int = 8
@@ -79,268 +77,9 @@ LAW_AXES = {
 
 def begin(settings: QuickstartParameters) -> Study:
     """The study that suits the text. Prepares the text, unless all that is known of it stands in the results folder."""
-    probe = Run(*_probe(settings.vocab_size), settings.data)
-    known = Folder(settings.folder).corpus(probe)
-    if known is None:
-        known = about_corpus(prepare_corpus(probe, progress=True))
+    known = known_text(settings)
     kind = ComputeStudy if sum(known["bytes"].values()) >= SMALLEST_TEXT else DataStudy
-    return kind(settings, known)
-
-
-def _probe(vocab_size: int):
-    """Some run over the text: enough to ask a results folder what it knows of it."""
-    recipe = Recipe()
-    model = recipe.model(LADDER[0], vocab_size)
-    return model, recipe.train(model, 1e5, 0.01)
-
-
-def command(run: Run) -> str:
-    """The command that trains a run: every field of its configs that is not at its default."""
-    words = ["tinylm train --out results/local/next"]
-    for config in (run.data, run.model, run.train):
-        for field in dataclasses.fields(config):
-            value = getattr(config, field.name)
-            if value != field.default:
-                name = field.name.replace("_", "-")
-                words.append(
-                    f"--{'' if value else 'no-'}{name}"
-                    if isinstance(value, bool)
-                    else f"--{name} {shlex.quote(str(value))}"
-                )
-    return " \\\n    ".join(words)
-
-
-def _have(count: int) -> str:
-    return "has" if count == 1 else "have"
-
-
-class Study:
-    """What both studies share: the text, the report, the sweeps, the noise, the samples."""
-
-    title = ""
-
-    def __init__(self, settings: QuickstartParameters, corpus: dict):
-        self.settings, self.data, self.corpus = settings, settings.data, corpus
-        self.preset, self.recipe, self.folder = PRESETS[settings.preset], Recipe(), settings.folder
-        self.workers = settings.workers or None
-        self.report = Report(self.folder, self.title.format(text=corpus["name"]))
-        self.findings: list[str] = []
-        self._pool = study_pool(settings.cluster, self.workers)
-        self._executor = None
-
-    # Training -------------------------------------------------------------------------------------------------------------
-
-    def model(self, shape: tuple[int, int, int]):
-        return self.recipe.model(shape, self.settings.vocab_size)
-
-    def train(self, runs: list[Run], **options) -> pd.DataFrame:
-        """Records of the runs, trained where there are none yet; the workers stay for the whole study."""
-        if self._executor is None:
-            self._executor = self._pool.__enter__()
-        return sweep(runs, self.folder, executor=self._executor, **options)
-
-    def runs_at(self, point: Point, rates: list[float], seed: int | None = None, **changes) -> list[Run]:
-        model = self.model(point.shape)
-        seed = self.settings.seed if seed is None else seed
-        tags = {"family": point.family, "budget": point.budget}
-        return [
-            Run(model, self.recipe.train(model, point.tokens, rate, seed, **changes), self.data, tags) for rate in rates
-        ]
-
-    def first_rates(self, point: Point) -> list[float]:
-        return bracket(self.recipe.learning_rate(counts.parameters(self.model(point.shape))["total"]))
-
-    # Telling --------------------------------------------------------------------------------------------------------------
-
-    def describe_text(self) -> None:
-        """What was read, and how it is split and cut into tokens."""
-        facts, split = self.corpus, self.corpus["bytes"]
-        total, tokens = sum(split.values()), facts["tokens"]
-        origin = facts["provenance"]
-        own = origin["source"].startswith("own")
-        source = "" if own else f"{origin['source']}; licence: {origin['licence']}"
-        self.report.section("The text")
-        self.report.text(
-            f"**{facts['name']}**, {total / 1e6:.1f} MB{f' ({source})' if source else ''}. Of it {split['train'] / total:.0%} "
-            f"train the models, {split['val'] / total:.0%} judge them, and the rest is kept for a last test; the parts are "
-            f"contiguous blocks. A {self.data.tokenizer} tokenizer of {self.settings.vocab_size} pieces, trained on the "
-            f"training part alone, cuts it into {quantity(tokens['train'])} training tokens of "
-            f"{split['train'] / tokens['train']:.2f} bytes each. Loss is in nats per token over {TrainConfig().eval_tokens:,} "
-            f"tokens of the validation part at most, the same for every run; a guess at random would lose "
-            f"{math.log(self.settings.vocab_size):.2f}."
-        )
-
-    def describe_recipe(self) -> None:
-        """The frozen recipe, and its evidence where it is at hand."""
-        recipe, evidence = self.recipe, repository() / "results" / "recipe"
-        self.report.section("The recipe")
-        self.report.text(
-            "Every run has the same recipe: RMSNorm before each part, SwiGLU, multi-head attention, tied embeddings, RoPE with "
-            f"rope_theta {recipe.rope_theta:g}; windows of {recipe.seq_len} tokens; weights drawn with the spread that their "
-            f"width asks for (`init={recipe.init}`); "
-            f"AdamW with weight decay {recipe.weight_decay:g} and beta2 {recipe.beta2:g}; warmup over as many tokens as the model "
-            f"has parameters, at most {recipe.warmup_share:.0%} of the run, then a cosine to zero that ends where the run ends; "
-            f"{recipe.batch_tokens_base:g} tokens a step for 300,000 tokens of training, growing with the square root of the "
-            "tokens. It was chosen by measurement on `verse` before this study, and then frozen."
-        )
-        table = evidence / "tables" / "variants.csv"
-        if table.exists():
-            self.report.table(
-                pd.read_csv(table), "recipe", "The evidence: what changing one thing does to the loss at small budgets, each "
-                f"variant at its best rate (more in {os.path.relpath(evidence, self.folder)}/README.md)", budget=".2g", variant="",
-                rate=".3g", loss=".3f", seed_sd=".3f", seeds="d", difference="+.3f", low="+.3f", high="+.3f",
-            )  # fmt: skip
-
-    def with_seeds(self, run: Run) -> list[Run]:
-        """The same run with ``preset.seeds`` seeds."""
-        seeds = range(self.settings.seed, self.settings.seed + self.preset.seeds)
-        return [
-            dataclasses.replace(run, train=run.train.replace(seed=seed), tags={"family": "seeds"}) for seed in seeds
-        ]
-
-    def show_noise(self, frame: pd.DataFrame) -> None:
-        self.noise = frame
-        frame = frame[frame.val_loss.notna()]
-        n, sd = len(frame), frame.val_loss.std()
-        low, high = (sd * math.sqrt((n - 1) / stats.chi2.ppf(q, n - 1)) for q in (0.95, 0.05))
-        self.seed_sd = sd
-        self.report.section("How much luck there is")
-        self.report.text(
-            f"The same run with {n} seeds ({frame.hidden_size.iloc[0]} x {frame.num_layers.iloc[0]}, "
-            f"{quantity(frame.tokens_seen.iloc[0])} tokens): the standard deviation of the loss is **{sd:.4f} nats** (90 % "
-            f"interval {interval(low, high, '.4f')}). Two single runs must differ by {1.96 * 2**0.5 * sd:.3f} "
-            "nats before chance is unlikely."
-        )
-        self.report.figure("seeds", f"{n} seeds of one run", lambda ax: plots.seeds(frame, ax=ax), size=(7, 2.2))
-        table = pd.DataFrame(
-            [{"runs": n, "mean": frame.val_loss.mean(), "sd": sd, "sd_low_90": low, "sd_high_90": high}]
-        )
-        write_table(self.folder / "tables" / "seeds.csv", table)
-        self.findings.append(f"The seed alone moves the loss by {sd:.3f} nats (standard deviation of {n} runs).")
-
-    def _again(self) -> str:
-        """The command that makes this study."""
-        words = "tinylm study --results-dir FOLDER"
-        for field in dataclasses.fields(self.settings):
-            value = getattr(self.settings, field.name)
-            if value != field.default and field.name not in ("results_dir", "workers", "cluster"):
-                text = ",".join(f"{v:g}" for v in value) if isinstance(value, tuple) else str(value)
-                words += f" -p {field.name} {shlex.quote(text)}"
-        return words
-
-    def task(self, run: Run):
-        """The run as the results folder identifies it, also where it is the first of its kind."""
-        folder = Folder(self.folder)
-        if (task := folder.task(run)) is None:
-            folder.admit([(run, prepare_corpus(run))])
-            task = folder.task(run)
-        return task
-
-    def seal_and_score(self, run: Run, target: dict, prediction: dict, fit: scaling.Fit, what: str) -> None:
-        """Seal a forecast before its run exists, train the run, and hold the one against the other."""
-        inside = self.folder.is_relative_to(repository() / "results")
-        folder = (self.folder.parent if inside else self.folder) / "forecasts"
-        study = re.sub(r"[^A-Za-z0-9_.-]+", "-", self.folder.name).strip("-.") or "study"
-        earlier = forecasts.load(folder)
-        earlier = earlier[(earlier.run_id == target["run_id"]) & (earlier.study == study)]
-        if len(earlier):  # sealed by an earlier start of this study: that one counts
-            sealed = folder / f"{earlier['name'].iloc[0]}.json"
-            prediction = earlier.iloc[0]
-        else:
-            sealed = forecasts.seal(folder, study=study, target=target, prediction=prediction, fit=fit.to_dict())
-        loss, low, high = (float(prediction[name]) for name in ("loss", "low", "high"))
-        print(f"sealed {sealed.name}: loss {loss:.3f} ({low:.3f} to {high:.3f})")
-        self.final = self.train([run], keep_models=True)
-        record = self.final.iloc[0]
-        self.report.section("A forecast, sealed and scored")
-        said = f"the loss of {what} was forecast: **{loss:.3f} nats, 95 % interval {interval(low, high)}**"
-        try:
-            diverged = record.status == "diverged"
-            observed = {"loss": None if diverged else record.val_loss, "status": record.status}
-            score = forecasts.score(folder, sealed, {**observed, "time": record.started, "run_id": record.run_id})
-        except LabError as error:  # its seal was lost and made anew after the run
-            self.report.text(f"Before its run, {said}. It could not be scored ({record.status}). {error}")
-            self.findings.append("The sealed forecast could not be scored.")
-            return
-        if diverged:
-            self.report.text(f"Before it was trained, {said}. The run diverged ({record.reason}): a miss.")
-            self.findings.append("The run behind the sealed forecast diverged: a miss.")
-            return
-        error, kept = score["error_percent"], score["inside"]
-        where = os.path.relpath(sealed, self.folder)
-        self.report.text(
-            f"Before it was trained, {said}. It came out at **{record.val_loss:.3f}**: {error:+.2f} % off, "
-            f"{'inside' if kept else 'outside'} the interval. The seal with its time is [{sealed.name}]({where})."
-        )
-        table = forecasts.load(folder)
-        self.report.figure(
-            "forecast", "What was forecast and what came out",
-            lambda ax: plots.forecast(table[table["name"] == sealed.stem], ax=ax), size=(7, 2.4),
-        )  # fmt: skip
-        self.findings.append(
-            f"A forecast sealed before its run missed by {error:+.2f} % of the loss and {'kept' if kept else 'left'} its 95 % "
-            f"interval: {what}."
-        )
-
-    def show_samples(self, prompts: tuple[str, ...] = ("The ", "And ")) -> None:
-        """A page that the best model wrote."""
-        from tinylm.checkpoint import load_model
-        from tinylm.generate import generate
-
-        path = self.folder / "models" / f"{self.final.run_id.iloc[0]}.safetensors"
-        self.report.section("A page from the best model")
-        if not path.exists():
-            self.report.text("The model was not kept, so there is no page of its own here.")
-            return
-        files.write_whole(self.folder / "models" / "best.safetensors", path.read_bytes())
-        model, tokenizer, _ = load_model(path)
-        config = GenerateConfig(temperature=0.8, top_p=0.95, max_new_tokens=220, seed=self.settings.seed)
-        pages = generate(model, tokenizer, list(prompts), config)
-        for prompt, page in zip(prompts, pages, strict=True):
-            text = (prompt + page.text).strip("\n").replace("```", "'''")
-            self.report.text(
-                f"Prompt `{prompt!r}`, temperature {config.temperature}, top_p {config.top_p}:\n\n```text\n{text}\n```"
-            )
-
-    def finish(self, frames: list[pd.DataFrame]) -> None:
-        """The table of all runs, how it was made, and the report's first lines."""
-        runs = pd.concat(frames).drop_duplicates("run_id").sort_values(["flops", "run_id"])
-        columns = [
-            "run_id",
-            "family",
-            "budget",
-            "status",
-            "hidden_size",
-            "num_layers",
-            "params_total",
-            "params_non_embedding",
-        ]
-        columns += [
-            "tokens_seen",
-            "epochs",
-            "flops",
-            "batch_size",
-            "max_steps",
-            "learning_rate",
-            "seed",
-            "val_loss",
-            "val_bpb",
-        ]
-        write_table(self.folder / "tables" / "runs.csv", runs[columns])
-        arithmetic = (Folder(self.folder).shared("arithmetic") or {}).get("machine", {})
-        self.report.section("How this was made")
-        self.report.text(
-            f"{len(runs)} runs, {runs.flops.sum():.2g} FLOPs, {duration(runs.seconds.sum())} of work for one core, "
-            f"on {', '.join(f'{k} {v}' for k, v in arithmetic.items())}. One JSON a run is in [runs](runs), every run in one "
-            f"table in [tables/runs.csv](tables/runs.csv). Again, from its records or for real in an empty folder: "
-            f"`{self._again()}`."
-        )
-        self.report.summary("\n".join(f"- {line}" for line in self.findings))
-        self.report.write()
-        if self._executor is not None:
-            self._pool.__exit__(None, None, None)
-            self._executor = None
-        print(f"report: {within_repository(self.folder / 'README.md')}")
+    return kind(settings, PRESETS[settings.preset], known)
 
 
 class ComputeStudy(Study):
@@ -356,27 +95,18 @@ class ComputeStudy(Study):
 
     def measure(self) -> None:
         """Train the families; move rates, and then sizes, outward where the best lies at an edge."""
-        for _ in range(self.preset.moves + 1):
-            self.frame = tune(self.points, self.runs_at, self.first_rates, self.train, self.preset.moves)
-            beyond = self._sizes_beyond()
-            if not beyond:
-                break
-            self.points += beyond
+        self.points, self.frame = self.families(self.points, self.first_rates, self.train)
         self.best = best_runs(self.frame)
 
-    def _sizes_beyond(self) -> list[Point]:
-        """The next rung of each family whose best size is its smallest or largest, where the ladder has one."""
-        beyond = []
-        for budget, family in best_runs(self.frame).groupby("budget"):
-            family = family.sort_values("params_total").reset_index()
-            best, rungs = (
-                int(family.val_loss.idxmin()),
-                [LADDER.index(p.shape) for p in self.points if p.budget == budget],
-            )
-            rung = min(rungs) - 1 if best == 0 else max(rungs) + 1 if best == len(family) - 1 else -1
-            if 0 <= rung < len(LADDER):
-                beyond.append(isoflop_point(self.recipe, self.settings.vocab_size, LADDER[rung], budget))
-        return beyond
+    def families(self, points: list[Point], first_rates: Callable, train: Callable) -> tuple[list[Point], pd.DataFrame]:
+        """The points of isoFLOP families, tuned, with those added that lie beyond an edge; and all their runs."""
+        for _ in range(self.preset.moves + 1):
+            frame = tune(points, self.runs_at, first_rates, train, self.preset.moves)
+            beyond = sizes_beyond(best_runs(frame), points, self.recipe, self.settings.vocab_size)
+            if not beyond:
+                break
+            points = points + beyond
+        return points, frame
 
     def show_learning_rates(self) -> None:
         edges = int(self.frame.groupby("point").edge.first().sum())
@@ -384,7 +114,7 @@ class ComputeStudy(Study):
         self.report.section("Learning rates")
         self.report.text(
             f"Each of {len(self.best)} points was trained at three rates or more, a factor of two apart, and the bracket moved "
-            f"outward while its best rate lay at an edge; {edges} of {len(self.best)} still {_have(edges)} theirs there. "
+            f"outward while its best rate lay at an edge; {edges} of {len(self.best)} still {have(edges)} theirs there. "
             f"{self.lr_rule.sentence()}"
         )
         self.report.figure(
@@ -394,11 +124,11 @@ class ComputeStudy(Study):
         )  # fmt: skip
 
     def show_families(self) -> None:
-        self.minima = scaling.isoflop_minima(self.frame)
-        self.sizes = scaling.best_learning_rate(self.frame)
+        self.sizes, judged = self.judge(self.frame)
+        self.minima = scaling.isoflop_minima(judged)
         self.iso_laws: dict[str, scaling.Fit] = {}
         if self.minima.inside.sum() >= 2:
-            iso = scaling.isoflop_laws(self.frame, bootstrap=self.preset.bootstrap, seed=self.settings.seed)
+            iso = scaling.isoflop_laws(judged, bootstrap=self.preset.bootstrap, seed=self.settings.seed)
             self.minima, self.iso_laws = iso.minima, iso.laws
         minima = self.minima.reindex(columns=[*self.minima, *self._intervals(self.minima)])
         outside = int((~minima.inside).sum())
@@ -410,7 +140,7 @@ class ComputeStudy(Study):
                if outside else "All minima lie inside their families.")
         )  # fmt: skip
         self.report.figure(
-            "isoflop", "Loss against parameters at equal compute", lambda ax: plots.isoflop(self.frame, minima, ax=ax)
+            "isoflop", "Loss against parameters at equal compute", lambda ax: plots.isoflop(judged, minima, ax=ax)
         )
         self.report.table(
             minima.assign(tokens_per_parameter=minima.tokens_opt / minima.params_opt), "isoflop_minima",
@@ -424,6 +154,11 @@ class ComputeStudy(Study):
             + ("" if math.isnan(last.params_low) else f" ({quantity(last.params_low)} to {quantity(last.params_high)})")
             + f" and reads {quantity(last.tokens_opt)} tokens; it loses {last.loss_min:.3f} nats per token."
         )
+
+    @staticmethod
+    def judge(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """One row a size at its best learning rate, and the table that minima are read off."""
+        return scaling.best_learning_rate(frame), frame
 
     @staticmethod
     def _intervals(minima: pd.DataFrame) -> list[str]:
@@ -519,8 +254,8 @@ class ComputeStudy(Study):
             self.recipe, flops=1.02 * self.preset.beyond * largest
         )  # whole steps must not fall short of it
         shape = next(shape for shape in LADDER if shape[:2] == (plan.hidden_size, plan.num_layers))
-        run = self.runs_at(Point(shape, plan.tokens, "forecast"), [self.rule_rate(shape, plan.tokens)])[0]
-        rate = run.train.learning_rate
+        point, rate = Point(shape, plan.tokens, "forecast"), self.rule_rate(shape, plan.tokens)
+        run = self.runs_at(point, [rate], threads=self.preset.threads)[0]
         self.seal_and_score(
             run, {**plan.target(self.task(run).run_id), "learning_rate": rate, "flops": run.flops},
             {"loss": plan.loss, "low": plan.low, "high": plan.high}, self.surface,
@@ -533,20 +268,36 @@ class ComputeStudy(Study):
     def evidence(self) -> planner.Evidence:
         return planner.Evidence(
             self.surface, self.lr_rule, rung_sizes(self.recipe, self.settings.vocab_size), self.seed_sd, self.largest,
-            self.corpus["tokens"]["train"], self.iso_laws.get("L_min"),
+            self.corpus["tokens"]["train"], self.frontier,
         )  # fmt: skip
+
+    @property
+    def frontier(self) -> scaling.Fit | None:
+        """L(C) along the minima, the second reading of a forecast beside the surface."""
+        return self.iso_laws.get("L_min")
+
+    def readings(self) -> str:
+        """What a forecast is read off, in words."""
+        return (
+            "the surface with its floor and the line L(C) without one, whose intervals it spans: over so small a range of "
+            "compute nobody can tell the two apart"
+        )
 
     def machine_speed(self) -> planner.Speed:
         """How fast this machine trains when idle, with all its cores; measured once for a results folder."""
         path = self.folder / "speed.json"
         if path.exists():
             return planner.Speed(**json.loads(path.read_text()))
-        # To compile what is timed would take minutes of a study of minutes: only the full preset does.
-        plain = None if self.settings.preset == "full" else TrainConfig(precision="fp32", compile=False)
-        seconds = [60 * minutes for minutes in self.settings.minutes]
-        speed = self.evidence.speed_for(self.recipe, seconds, threads=os.cpu_count(), train=plain)
+        speed = self.speed_for(self.settings.minutes)
         files.write_whole(path, json.dumps(dataclasses.asdict(speed)) + "\n")
         return speed
+
+    def speed_for(self, minutes: tuple[float, ...]) -> planner.Speed:
+        """How fast this machine trains now what plans of so many minutes choose."""
+        # To compile what is timed would take minutes of a study of minutes: only the full preset does.
+        plain = None if self.settings.preset == "full" else TrainConfig(precision="fp32", compile=False)
+        seconds = [60 * each for each in minutes]
+        return self.evidence.speed_for(self.recipe, seconds, threads=os.cpu_count(), train=plain)
 
     def plan_next(self) -> None:
         """What to train next with the minutes that a person has, on this machine with all its cores."""
@@ -571,9 +322,8 @@ class ComputeStudy(Study):
         ]
         self.report.section("What to train next")
         self.report.text(
-            "The size and the tokens come from the surface, the expected loss from two readings of the same runs, the surface with "
-            "its floor and the line L(C) without one, whose intervals it spans: over so small a range of compute nobody can tell "
-            f"the two apart. The speed is this machine's, measured when it was idle ({speed.threads} threads"
+            "The size and the tokens come from the surface, the expected loss from two readings of the same runs, "
+            f"{self.readings()}. The speed is this machine's, measured when it was idle ({speed.threads} threads"
             + (")" if self.settings.preset == "full" else ", plain path: a run that is compiled ends earlier)")
             + ". "
             f"`reach` is the plan's compute over that of the largest run fitted; over {planner.FAR:.0f} it is marked as far beyond "
@@ -651,7 +401,7 @@ class DataStudy(Study):
         self.report.section("Learning rates")
         self.report.text(
             f"Each of {len(self.best)} points was trained at three rates or more, a factor of two apart, and the bracket moved "
-            f"outward while its best rate lay at an edge; {edges} of {len(self.best)} still {_have(edges)} theirs there."
+            f"outward while its best rate lay at an edge; {edges} of {len(self.best)} still {have(edges)} theirs there."
         )
 
     def show_families(self) -> None:

@@ -1,19 +1,13 @@
 """Scaling laws: fitted from records of runs, with intervals, and with a plain word on what the data cannot tell.
 
-Notation here and in the plots: N parameters, D training tokens, C training FLOPs, L loss in nats per token.
-
-Every loss law is a sum of power terms, L = sum_k A_k x_k^-s_k (a floor is a term without a variable). It is fitted on
-log L, where the sum is a logsumexp of straight lines in log x (Hoffmann et al. 2022, arXiv:2203.15556, eq. 10;
-Besiroglu et al. 2024, arXiv:2404.10102). The variables are centred at their geometric means, so that all parameters are
-of order one; the objective is *summed*, since a mean lets default tolerances stop an optimiser early. One batched
-damped Newton method with analytic first and second derivatives (``minimise``) serves the starts, the polish and all
-bootstrap resamples at once.
+Notation here and in the plots: N parameters, D training tokens, U distinct tokens among them, C training FLOPs, L loss
+in nats per token. ``forms`` holds the laws and the optimiser, ``optima`` what is read off the runs themselves, and
+``doctor`` says of a fit what survives a second look. No torch is needed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,248 +16,74 @@ import pandas as pd
 from scipy import special, stats
 
 from tinylm.errors import LabError
+from tinylm.study.forms import (
+    DATA_CONSTRAINED,
+    GROWTH,
+    LAD_DELTA,
+    OBJECTIVES,
+    POWER,
+    POWER_FLOOR,
+    REPEATS,
+    SURFACE,
+    PowerSum,
+    deltas,
+    evaluate_law,
+    hoffmann_grid,
+    huber,
+    minimise,
+    solve,
+)
+from tinylm.study.optima import (
+    LearningRateRule,
+    best_learning_rate,
+    best_sizes,
+    frontier,
+    isoflop_minima,
+    learning_rate_rule,
+    minimum,
+    require_columns,
+)
 
-OBJECTIVES = ("huber", "lsq", "lad")
+__all__ = [
+    "COEFFICIENTS",
+    "LEVEL",
+    "OBJECTIVES",
+    "SYMBOLS",
+    "Fit",
+    "Frontier",
+    "IsoFlop",
+    "LearningRateRule",
+    "best_learning_rate",
+    "design_faults",
+    "evaluate_law",
+    "fit_data_constrained",
+    "fit_growth",
+    "fit_power",
+    "fit_surface",
+    "frontier",
+    "frontier_laws",
+    "identification",
+    "isoflop_laws",
+    "isoflop_minima",
+    "learning_rate_rule",
+    "prediction_interval",
+    "profile_threshold",
+]
+
 LEVEL = 0.95
-LEAST = -30.0  # log of the smallest term, relative to the typical loss, that the optimiser can tell from zero
-LAD_DELTA = 1e-9  # absolute deviations are the limit of Huber's objective: at this delta the two agree to 1e-9 a row
-COEFFICIENTS = ("A", "B", "k")  # these multiply a power and span decades, so they are judged by a factor
-SYMBOLS = {"power": ("x",), "growth": ("x",), "surface": ("params", "tokens")}
-
-
-# --------------------------------------------------------------------------------------------------------------- forms
-
-
-@dataclass(frozen=True)
-class PowerSum:
-    """log y = logsumexp_k(c_k - s_k u_k). ``terms`` are (coefficient, exponent, variable); a floor has only the first.
-
-    theta (S, p) holds S parameter vectors: first all c_k, then the exponents. X (d, n) holds the centred log variables.
-    """
-
-    name: str
-    terms: tuple[tuple[str, str | None, int | None], ...]
-
-    @property
-    def params(self) -> tuple[str, ...]:
-        return tuple(c for c, _, _ in self.terms) + tuple(s for _, s, _ in self.terms if s)
-
-    @property
-    def slots(self) -> list[tuple[int, int | None, int | None]]:
-        """For each term the index of its coefficient, of its exponent and of its variable."""
-        names = self.params
-        return [(names.index(c), names.index(s) if s else None, v) for c, s, v in self.terms]
-
-    def evaluate(self, theta: np.ndarray, X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Model m = log y, (S, n), and each term's share of y, (S, K, n): the softmax of the terms."""
-        logs = np.empty((len(theta), len(self.terms), X.shape[1]))
-        for k, (c, s, v) in enumerate(self.slots):
-            logs[:, k] = theta[:, c, None] if s is None else theta[:, c, None] - theta[:, s, None] * X[v]
-        top = logs.max(axis=1)
-        shares = np.exp(logs - top[:, None], out=logs)
-        total = shares.sum(axis=1)
-        shares /= total[:, None]
-        return top + np.log(total), shares
-
-    def jacobian(self, shares: np.ndarray, X: np.ndarray) -> np.ndarray:
-        """dm/dtheta, (S, p, n)."""
-        J = np.empty((shares.shape[0], len(self.params), shares.shape[2]))
-        for k, (c, s, v) in enumerate(self.slots):
-            J[:, c] = shares[:, k]
-            if s is not None:
-                np.multiply(shares[:, k], -X[v], out=J[:, s])
-        return J
-
-    def curvature(self, psi: np.ndarray, shares: np.ndarray, J: np.ndarray, X: np.ndarray) -> np.ndarray:
-        """sum_i psi_i d2m_i/dtheta2, (S, p, p): a logsumexp curves by the covariance of its terms' gradients."""
-        Q = np.zeros((len(psi), J.shape[1], J.shape[1]))
-        for k, (c, s, v) in enumerate(self.slots):
-            weight = psi * shares[:, k]
-            Q[:, c, c] = weight.sum(axis=1)
-            if s is not None:
-                Q[:, c, s] = Q[:, s, c] = -(weight @ X[v])
-                Q[:, s, s] = weight @ (X[v] * X[v])
-        return Q - (J * psi[:, None]) @ J.transpose(0, 2, 1)
-
-    def box(self, level: float) -> tuple[np.ndarray, np.ndarray]:
-        """Limits of theta around the typical log y, so far outside that only degenerate fits touch them."""
-        exponents = len(self.params) - len(self.terms)
-        low = [level + LEAST] * len(self.terms) + [-6.0] * exponents
-        high = [level - LEAST] * len(self.terms) + [6.0] * exponents
-        return np.array(low), np.array(high)
-
-    def natural(self, theta: np.ndarray, centre: np.ndarray) -> pd.DataFrame:
-        """Parameters as people write them (E, A, ...) from theta and the variables' mean logs."""
-        columns = {}
-        for (c, s, v), (name, exponent, _) in zip(self.slots, self.terms, strict=True):
-            columns[name] = np.exp(theta[:, c] + (0 if s is None else theta[:, s] * centre[v]))
-            if exponent:
-                columns[exponent] = theta[:, s]
-        table = pd.DataFrame(columns)[list(self.params)]
-        if self.name == "growth":  # y = k x^a is the same line with its slope's sign turned
-            table["a"] = -table["a"]
-        return table
-
-
-POWER = PowerSum("power", (("A", "alpha", 0),))
-POWER_FLOOR = PowerSum("power", (("E", None, None), ("A", "alpha", 0)))
-GROWTH = PowerSum("growth", (("k", "a", 0),))
-SURFACE = PowerSum("surface", (("E", None, None), ("A", "alpha", 0), ("B", "beta", 1)))
-
-
-def evaluate_law(form: str, params: dict | pd.DataFrame, *inputs: np.ndarray) -> np.ndarray:
-    """y of a law from its natural parameters, (points,); from a frame of R rows of parameters, (R, points)."""
-
-    def get(name: str) -> np.ndarray:
-        return params[name].to_numpy()[:, None] if isinstance(params, pd.DataFrame) else np.float64(params[name])
-
-    logs = [np.log(np.asarray(values, float)) for values in inputs]
-    if form == "growth":
-        return get("k") * np.exp(get("a") * logs[0])
-    y = np.exp(np.log(get("A")) - get("alpha") * logs[0])
-    if form == "surface":
-        y = y + np.exp(np.log(get("B")) - get("beta") * logs[1])
-    return y + get("E") if "E" in params else y
-
-
-# ----------------------------------------------------------------------------------------------------------- optimiser
-
-
-def huber(r: np.ndarray, delta: float) -> np.ndarray:
-    """Huber's rho: r^2 / 2 up to delta, delta (|r| - delta / 2) beyond. With delta infinite half the square."""
-    size = np.abs(r)
-    inner = np.minimum(size, delta)
-    return inner * (size - 0.5 * inner)
-
-
-def objective_and_gradient(
-    form: PowerSum, theta: np.ndarray, X: np.ndarray, y: np.ndarray, w: np.ndarray, delta: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Summed objective (S,) and its gradient (S, p) at theta (S, p); y (n,) is log loss, w (n,) or (S, n) weights."""
-    m, shares = form.evaluate(theta, X)
-    r = y - m
-    psi = w * np.clip(r, -delta, delta)
-    return (w * huber(r, delta)).sum(axis=1), -(form.jacobian(shares, X) @ psi[:, :, None])[:, :, 0]
-
-
-def minimise(
-    form: PowerSum,
-    theta: np.ndarray,
-    X: np.ndarray,
-    y: np.ndarray,
-    w: np.ndarray,
-    delta: float,
-    *,
-    steps: int = 200,
-    tolerance: float = 1e-12,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Minimise sum_i w_i huber(y_i - m_i(theta)) from all rows of theta (S, p) at once; returns theta, objectives (S,).
-
-    Damped semismooth Newton. Huber's objective is quadratic between kinks: the Newton matrix counts the rows within
-    delta plus the model's own curvature. It is damped by the matrix of reweighted least squares, which majorises it, so
-    that a rejected step is tried shorter in the same scale-free metric; this passes the kinks where L-BFGS stalls. A
-    row has converged when three steps in a row change its objective by less than ``tolerance``, relative.
-    """
-    out, best = theta.copy(), np.empty(len(theta))
-    w = np.broadcast_to(w, (len(theta), len(y)))
-    chunk = max(1, 32768 // len(y))  # keeps the working arrays in the processor's cache
-    for start in range(0, len(theta), chunk):
-        part = slice(start, start + chunk)
-        out[part], best[part] = _minimise_chunk(form, theta[part], X, y, w[part], delta, steps, tolerance)
-    return out, best
-
-
-def _minimise_chunk(form, theta, X, y, w, delta, steps, tolerance):
-    theta = theta.copy()
-    low, high = form.box(float(np.median(y)))
-    theta = np.clip(theta, low, high)
-    most = np.where(np.arange(len(low)) < len(form.terms), 2.0, 0.5)  # longest step in a log coefficient, an exponent
-    m, shares = form.evaluate(theta, X)
-    r = y - m
-    value = (w * huber(r, delta)).sum(axis=1)
-    damping = np.full(len(theta), 1e-2)
-    quiet = np.zeros(len(theta), int)
-    rows = np.arange(len(theta))  # those still moving; r, shares and weights are kept for them only
-    diagonal = np.arange(len(low))
-    weights = w
-    floor = 1e-30
-    for _ in range(steps):
-        J = form.jacobian(shares, X)
-        size = np.abs(r)
-        irls = weights * np.minimum(1.0, delta / np.maximum(size, 1e-300))
-        psi = irls * r
-        gradient = -(J @ psi[:, :, None])[:, :, 0]
-        majorant = (J * irls[:, None]) @ J.transpose(0, 2, 1)
-        newton = (J * (weights * (size <= delta))[:, None]) @ J.transpose(0, 2, 1)
-        newton -= form.curvature(psi, shares, J, X)
-        scale = np.sqrt(np.einsum("sii->si", majorant)) + 1e-150
-        lam = damping[rows]
-        matrix = (newton + lam[:, None, None] * majorant) / scale[:, :, None] / scale[:, None, :]
-        matrix[:, diagonal, diagonal] += (0.1 * lam + 1e-10)[:, None]
-        slope = gradient / scale
-        try:
-            step = np.linalg.solve(matrix, -slope[:, :, None])[:, :, 0]
-        except np.linalg.LinAlgError:
-            step = np.full_like(slope, np.nan)
-        descends = np.isfinite(step).all(axis=1) & ((slope * step).sum(axis=1) < 0)
-        step = np.where(descends[:, None], step, -slope / (1 + lam[:, None]))
-        promised = -(slope * step).sum(axis=1)
-        step = step / scale
-        shorten = np.minimum(1.0, 1.0 / np.maximum((np.abs(step) / most).max(axis=1), 1e-300))
-        trial = np.clip(theta[rows] + step * shorten[:, None], low, high)
-        m, trial_shares = form.evaluate(trial, X)
-        trial_r = y - m
-        trial_value = (weights * huber(trial_r, delta)).sum(axis=1)
-
-        before = value[rows]
-        better = trial_value < before
-        small = tolerance * before + floor
-        still = np.where(better, (before - trial_value <= small) & (shorten >= 1), (promised <= small) | (lam > 1e10))
-        quiet[rows] = np.where(still, quiet[rows] + 1, 0)
-        theta[rows[better]] = trial[better]
-        value[rows[better]] = trial_value[better]
-        damping[rows] = np.where(better, np.maximum(lam / 5, 1e-10), lam * 6)
-        r = np.where(better[:, None], trial_r, r)
-        shares = np.where(better[:, None, None], trial_shares, shares)
-        moving = (quiet[rows] < 3) & (damping[rows] < 1e12)
-        if not moving.all():
-            rows, r, shares, weights = rows[moving], r[moving], shares[moving], weights[moving]
-            if not len(rows):
-                break
-    return theta, value
-
-
-def _deltas(objective: str, delta: float) -> list[float]:
-    """The deltas to minimise at, in order: smooth least squares first, so that starts do not strand on kinks."""
-    if objective == "lsq":
-        return [np.inf]
-    if objective == "huber":
-        return [np.inf, delta]
-    return [np.inf, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, LAD_DELTA]
-
-
-def _solve(form, starts, X, y, w, objective, delta) -> tuple[np.ndarray, np.ndarray]:
-    theta = starts
-    for d in _deltas(objective, delta):
-        theta, value = minimise(form, theta, X, y, w, d, steps=200 if d in (np.inf, delta) else 60)
-    return theta, value
-
-
-def hoffmann_grid(form: PowerSum, centre: np.ndarray, level: float) -> np.ndarray:
-    """Starts (S, p): the grid of Hoffmann et al. 2022: log A, B 0..25 by 5, log E -1..1 by 0.5, exponents 0..2 by 0.5.
-
-    Most of its 4,500 points put a term many decades off the data, where its gradient is zero to rounding. Each start is
-    therefore moved to the nearest point where every term explains between a fifth and all of the typical loss at the
-    centre of the data; points that coincide after that count once (some 400 remain for the surface).
-    """
-    axes = [np.arange(-1, 1.01, 0.5) if s is None else np.arange(0, 25.1, 5) for _, s, _ in form.terms]
-    axes += [np.arange(0, 2.01, 0.5)] * (len(form.params) - len(form.terms))
-    grid = np.array(list(itertools.product(*axes)))
-    for c, s, v in form.slots:
-        if s is not None:
-            grid[:, c] -= grid[:, s] * centre[v]
-        grid[:, c] = np.clip(grid[:, c], level + np.log(0.2), level)
-    return np.unique(grid, axis=0)
+COEFFICIENTS = ("A", "B", "k", "R_D", "R_N")  # these span decades, so they are judged by a factor
+SYMBOLS = {
+    "power": ("x",),
+    "growth": ("x",),
+    "surface": ("params", "tokens"),
+    "data-constrained": ("params", "tokens", "unique"),
+}
+FORMULAS = {
+    "power": "L = A / x^alpha",
+    "growth": "y = k x^a",
+    "surface": "L = E + A / N^alpha + B / D^beta",
+    "data-constrained": "L = E + A / N'^alpha + B / D'^beta (repeats discounted by R_D and R_N)",
+}
 
 
 # ----------------------------------------------------------------------------------------------------------------- Fit
@@ -273,14 +93,18 @@ def hoffmann_grid(form: PowerSum, centre: np.ndarray, level: float) -> np.ndarra
 class Fit:
     """A fitted law with what is known about its certainty.
 
-    form: ``power`` y = E + A x^-alpha (or without E), ``growth`` y = k x^a, ``surface`` L = E + A/N^alpha + B/D^beta.
+    form: ``power`` y = E + A x^-alpha (or without E), ``growth`` y = k x^a, ``surface`` L = E + A/N^alpha + B/D^beta,
+        ``data-constrained`` the surface of what repeated tokens are worth (``forms.DataConstrained``).
     value: the summed objective on log residuals: Huber's rho, the squares (lsq) or the absolute values (lad).
-    intervals: 95 % percentile bootstrap. samples: one row of natural parameters a resample.
-    widening: factor on deviations from the estimate in every interval, for few rows (see ``small_sample_factor``).
+    intervals: 95 %, percentiles of the bootstrap. samples: one row of natural parameters a resample (see ``resampled``).
     status: ``identified``, ``weak`` or ``not identified`` for each parameter (``not assessed`` without a bootstrap), by
-        the rule in ``identification``.
+        the rule in ``identification``; ``a_status`` the same for the exponent of N_opt in C.
+    starts_agreeing: starts whose objective ends within 1e-6, relative, of the best.
+    reasons: why a parameter cannot be told whatever the losses, or why another optimum forbids it.
+    rivals: other optima that are as good within the noise, one row each: parameters and ``value``.
     condition: condition number of the Jacobian at the optimum, columns scaled to one length.
-    data: the rows as fitted: inputs, ``observed``, ``predicted`` and ``residual`` (log observed - log predicted).
+    data: the rows as fitted: inputs, ``observed``, ``predicted``, ``residual`` (log observed - log predicted),
+        ``weight`` and ``unit`` (the number of the cluster that a row is drawn with).
     """
 
     form: str
@@ -295,12 +119,15 @@ class Fit:
     status: dict[str, str] = dataclasses.field(default_factory=dict)
     warnings: list[str] = dataclasses.field(default_factory=list)
     samples: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)
-    widening: float = 1.0
     condition: float = float("nan")
     data: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)
+    a_status: str = "not assessed"
+    rivals: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)
+    reasons: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def predict(self, *inputs: object, seed_sd: float = 0.0) -> pd.DataFrame:
-        """Predicted y at ``inputs`` (x for a law in one variable; params, tokens for the surface), broadcast together.
+        """Predicted y at ``inputs``, broadcast together: x for a law in one variable; params, tokens for a surface;
+        params, tokens, unique tokens for a data-constrained law.
 
         Returns columns ``loss`` (``value`` for a growth law), ``low`` and ``high``: a 95 % interval from the bootstrap.
         With ``seed_sd`` (nats) it is an interval for one new run, the spread between seeds included.
@@ -314,7 +141,7 @@ class Fit:
         centre = evaluate_law(self.form, self.params, *arrays)
         if len(self.samples):
             draws = evaluate_law(self.form, self.samples, *arrays)
-            low, high = prediction_interval(draws, seed_sd, centre, self.widening)
+            low, high = prediction_interval(draws, seed_sd, centre)
         else:
             low = high = np.full(len(centre), np.nan)
         name = "value" if self.form == "growth" else "loss"
@@ -322,8 +149,9 @@ class Fit:
 
     def optimal(self, flops: object) -> pd.DataFrame:
         """Compute-optimal N and D of a surface under C = 6 N D, in closed form (Hoffmann et al. 2022, eq. 4): columns
-        flops, params, tokens, loss, and a 95 % interval of params from the bootstrap (params_low, params_high)."""
-        if self.form != "surface":
+        flops, params, tokens, loss, and a 95 % interval of params from the bootstrap (params_low, params_high). Of a
+        data-constrained law, those for text that is not repeated."""
+        if "beta" not in self.params:
             raise LabError("Only a surface has a compute-optimal size", f"form={self.form}")
         C = np.atleast_1d(np.asarray(flops, float))
 
@@ -339,21 +167,21 @@ class Fit:
         # A resample whose exponents are not positive has no optimum; it stands in the interval as none.
         usable = self.samples.query("alpha > 0 and beta > 0") if len(self.samples) else self.samples
         if len(usable):
-            table["params_low"], table["params_high"] = prediction_interval(size(usable), 0.0, N, self.widening)
+            table["params_low"], table["params_high"] = prediction_interval(size(usable), 0.0, N)
         return table
 
     @property
     def a(self) -> float:
         """Exponent of N_opt in C: beta / (alpha + beta) of a surface, the slope itself of a growth law."""
-        if self.form == "surface":
+        if "beta" in self.params:
             return self.params["beta"] / (self.params["alpha"] + self.params["beta"])
         return self.params.get("a", float("nan"))
 
     @property
     def a_interval(self) -> tuple[float, float]:
-        if self.form == "surface" and len(self.samples):
+        if "beta" in self.params and len(self.samples):
             draws = self.samples["beta"] / (self.samples["alpha"] + self.samples["beta"])
-            return _percentiles(draws, self.a, self.widening, positive=False)
+            return _percentiles(draws, self.a)
         return self.intervals.get("a", (float("nan"), float("nan")))
 
     def table(self) -> pd.DataFrame:
@@ -367,13 +195,25 @@ class Fit:
         frame["status"] = pd.Series(self.status)
         return frame
 
+    @property
+    def formula(self) -> str:
+        return "L = E + A / x^alpha" if self.form == "power" and "E" in self.params else FORMULAS[self.form]
+
+    def surface(self) -> Fit:
+        """The surface L(N, D) under a data-constrained law: what fresh text would give, as the planner takes it."""
+        if self.form != "data-constrained":
+            raise LabError("Only a data-constrained law has a surface under it", f"form={self.form}")
+        names = list(SURFACE.params)
+        return dataclasses.replace(
+            self,
+            form="surface",
+            samples=self.samples[names] if len(self.samples) else self.samples,
+            **{part: {name: getattr(self, part)[name] for name in names} for part in ("params", "intervals", "status")},
+        )
+
     def sentence(self) -> str:
         """The law in words: its formula, each parameter with its interval, and what is not identified."""
-        formula = {
-            "power": "L = E + A / x^alpha" if "E" in self.params else "L = A / x^alpha",
-            "growth": "y = k x^a",
-            "surface": "L = E + A / N^alpha + B / D^beta",
-        }[self.form]
+        formula = self.formula
         parts = []
         for name, value in self.params.items():
             low, high = self.intervals.get(name, (np.nan, np.nan))
@@ -381,18 +221,15 @@ class Fit:
             verdict = self.status.get(name, "not assessed")
             parts.append(f"{name} = {value:.4g}{span}" + ("" if verdict == "identified" else f" ({verdict})"))
         text = f"{formula} from {self.n} rows: {', '.join(parts)}."
-        if self.form == "surface":
+        if "beta" in self.params:
             low, high = self.a_interval
             span = f" [{low:.2f}, {high:.2f}]" if np.isfinite(low) else ""
-            text += f" N_opt grows as C^{self.a:.2f}{span}."
+            verdict = "" if self.a_status == "identified" else f" ({self.a_status})"
+            text += f" N_opt grows as C^{self.a:.2f}{span}{verdict}."
         return " ".join([text, *self.warnings])
 
     def to_dict(self) -> dict:
         """Everything but rows and samples, ready for JSON (a value that is not finite becomes None)."""
-
-        def finite(value: float) -> float | None:
-            return float(value) if np.isfinite(value) else None
-
         answer = {
             "n": self.n,
             "form": self.form,
@@ -401,65 +238,65 @@ class Fit:
             "value": finite(self.value),
             "params": {name: finite(v) for name, v in self.params.items()},
             "intervals": {name: [finite(v) for v in pair] for name, pair in self.intervals.items()},
-            "widening": self.widening,
             "starts": self.starts,
             "starts_agreeing": self.starts_agreeing,
             "status": dict(self.status),
             "condition": finite(self.condition),
             "warnings": list(self.warnings),
         }
-        if self.form in ("surface", "growth"):
+        if "beta" in self.params or self.form == "growth":
             answer |= {"a": finite(self.a), "a_interval": [finite(v) for v in self.a_interval]}
+            answer["a_status"] = self.a_status if "beta" in self.params else self.status.get("a", "not assessed")
         return answer
 
 
-def prediction_interval(
-    draws: np.ndarray, seed_sd: float = 0.0, centre: np.ndarray | None = None, widening: float = 1.0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Central 95 % interval of positive draws (R, points) blurred by a normal of standard deviation seed_sd: quantiles
-    of the mixture, solved for rather than sampled, so the same fit gives the same interval. Returns low and high,
-    (points,).
+def finite(value: float) -> float | None:
+    """A number as JSON can hold it: None for what is not finite."""
+    return float(value) if np.isfinite(value) else None
 
-    widening stretches the draws about ``centre`` (points,) on a log scale.
+
+def prediction_interval(
+    draws: np.ndarray, seed_sd: float = 0.0, centre: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Central 95 % interval of draws (R, points) blurred by a normal of standard deviation seed_sd: quantiles of the
+    mixture, solved for rather than sampled, so the same fit gives the same interval. Returns low and high, (points,).
+
+    The interval reaches the prediction ``centre`` (points,), blurred as well, also where the refits of weak rows lie to
+    one side of it: their percentiles are right about where fits may lie but need not hold the one at hand. Reaching out
+    to it can only cover more; to shift or mirror the refits instead would leave what a fit can be.
     """
     if seed_sd < 0:
         raise LabError("The spread between seeds must not be negative", f"seed_sd={seed_sd}")
-    if widening != 1:
-        draws = centre * (draws / centre) ** widening
     tails = (0.5 * (1 - LEVEL), 0.5 * (1 + LEVEL))
     if not seed_sd:
-        low, high = np.quantile(draws, tails, axis=0)
-        return low, high
-    ends = []
-    for tail in tails:
-        low = draws.min(axis=0) - 10 * seed_sd
-        high = draws.max(axis=0) + 10 * seed_sd
-        for _ in range(60):
-            middle = 0.5 * (low + high)
-            below = special.ndtr((middle - draws) / seed_sd).mean(axis=0) < tail
-            low, high = np.where(below, middle, low), np.where(below, high, middle)
-        ends.append(0.5 * (low + high))
+        ends = [*np.quantile(draws, tails, axis=0, method="weibull")]  # right on average for few draws too
+    else:
+        ends = []
+        for tail in tails:
+            low = draws.min(axis=0) - 10 * seed_sd
+            high = draws.max(axis=0) + 10 * seed_sd
+            for _ in range(60):
+                middle = 0.5 * (low + high)
+                below = special.ndtr((middle - draws) / seed_sd).mean(axis=0) < tail
+                low, high = np.where(below, middle, low), np.where(below, high, middle)
+            ends.append(0.5 * (low + high))
+    if centre is not None:
+        reach = special.ndtri(tails[1]) * seed_sd
+        ends = [np.minimum(ends[0], centre - reach), np.maximum(ends[1], centre + reach)]
     return ends[0], ends[1]
 
 
-def _percentiles(samples: object, centre: float, widening: float, positive: bool) -> tuple[float, float]:
-    """Percentile interval of samples (R,), stretched about the estimate, on a log scale for what is positive."""
-    low, high = np.quantile(np.asarray(samples, float), [0.5 * (1 - LEVEL), 0.5 * (1 + LEVEL)])
-    if positive:
-        return float(centre * (low / centre) ** widening), float(centre * (high / centre) ** widening)
-    return float(centre + (low - centre) * widening), float(centre + (high - centre) * widening)
+def _percentiles(samples: object, value: float) -> tuple[float, float]:
+    """Percentile interval of samples (R,), which reaches the estimate (see ``prediction_interval``)."""
+    low, high = prediction_interval(np.asarray(samples, float), 0.0, value)
+    return float(low), float(high)
 
 
-def _intervals(params: dict[str, float], samples: pd.DataFrame, widening: float) -> dict[str, tuple[float, float]]:
+def percentile_intervals(params: dict[str, float], samples: pd.DataFrame) -> dict[str, tuple[float, float]]:
+    """Percentile intervals of the parameters from samples of them; NaN without any."""
     if not len(samples):
         return dict.fromkeys(params, (np.nan, np.nan))
-    found = {
-        name: _percentiles(samples[name], value, widening, positive=name in COEFFICIENTS)
-        for name, value in params.items()
-    }
-    if "E" in found:  # a floor below zero is none
-        found["E"] = (max(0.0, found["E"][0]), found["E"][1])
-    return found
+    return {name: _percentiles(samples[name], value) for name, value in params.items()}
 
 
 def identification(name: str, value: float, interval: tuple[float, float], freedom: int) -> str:
@@ -469,13 +306,19 @@ def identification(name: str, value: float, interval: tuple[float, float], freed
     Exponents and the floor E are *identified* when the half-width is at most a quarter of the value, *weak* up to three
     quarters, and *not identified* beyond; nor are they when the interval reaches zero (the term may not be there at
     all). Coefficients (A, B, k) multiply a power of a large number, so they are judged by the factor high / low: at
-    most 4 is identified, at most 30 weak. Fewer than three degrees of freedom are at most weak, none is not identified.
-    On top of this the fit calls parameters not identified that its design cannot tell apart (see ``design_faults``).
+    most 4 is identified, at most 30 weak; for R_D and R_N, which are plain numbers of repeats, at most 3 and 10, and an
+    end at a limit of the search is no end. Fewer than three degrees of freedom are at most weak, none is not
+    identified. On top of this the fit calls parameters not identified that its design cannot tell apart (see
+    ``design_faults``).
     """
     low, high = interval
     if freedom < 1 or not (np.isfinite(low) and np.isfinite(high)):
         return "not identified"
-    if name in COEFFICIENTS:
+    if name in ("R_D", "R_N"):
+        width, limits = high / low, (3.0, 10.0)
+        if low <= 1.01 * REPEATS[0] or high >= 0.99 * REPEATS[1]:
+            width = np.inf
+    elif name in COEFFICIENTS:
         width, limits = (np.inf if low <= 0 else high / low), (4.0, 30.0)
     else:
         reaches_zero = low <= 1e-3 * value <= high if value > 0 else True
@@ -485,36 +328,48 @@ def identification(name: str, value: float, interval: tuple[float, float], freed
     return "weak" if width > limits[0] or freedom < 3 else "identified"
 
 
-def design_faults(form: PowerSum, X: np.ndarray, names: Sequence[str]) -> tuple[list[str], set[str]]:
-    """What the rows' places alone rule out, before any loss is looked at: warnings, and the parameters concerned.
+def design_faults(form: PowerSum, X: np.ndarray, names: Sequence[str]) -> list[tuple[str, set[str]]]:
+    """What the rows' places alone rule out, before any loss is looked at: sentences, each with the parameters concerned.
 
-    X (d, n) holds log variables. A term beside others needs three distinct values of its variable; the two terms of a
-    surface need log N and log D that do not lie on one line (|correlation| above 0.98 counts as a line).
+    X (d, n) holds log variables. A term beside others needs three distinct values of its variable (values within 1 %
+    are one), or it may trade with the floor; the two terms of a surface need log N and log D that do not lie on one line
+    (|correlation| above 0.98 counts as a line). Repetition needs two distinct numbers of epochs above one.
     """
-    warnings, faulty = [], set()
+    faults: list[tuple[str, set[str]]] = []
     needed = 2 if len(form.terms) == 1 else 3
     for c, s, v in form.terms:
         if s is None:
             continue
-        distinct = len(np.unique(np.round(X[v], 6)))
+        distinct = len(np.unique(np.round(X[v] - X[v].min(), 2)))
         if distinct < needed:
-            warnings.append(
-                f"{distinct} distinct value{'s' if distinct != 1 else ''} of {names[v]}: {c} and {s} need at least "
-                f"{needed} to be told apart{' from the rest' if len(form.terms) > 1 else ''}."
-            )
-            faulty |= {c, s}
-    if len(X) == 2 and X.std(axis=1).min() > 0:
-        correlation = np.corrcoef(X)[0, 1]
+            said = f"{distinct} distinct value{'s' if distinct != 1 else ''} of {names[v]}: {c} and {s} need at least "
+            said += f"{needed} to be told apart{' from the rest' if len(form.terms) > 1 else ''}."
+            faults.append((said, {c, s} | {name for name, other, _ in form.terms if other is None}))
+    if len(X) >= 2 and X[:2].std(axis=1).min() > 0:
+        correlation = np.corrcoef(X[:2])[0, 1]
         if abs(correlation) > 0.98:
             slope = np.sign(correlation) * X[1].std() / X[0].std()
-            ratio = np.exp(np.mean(X[1] - X[0]))
-            line = f"D = {ratio:.3g} N" if abs(slope - 1) < 0.05 else f"D follows N^{slope:.2f}"
-            warnings.append(
-                f"{line} in (nearly) every row: alpha and beta cannot be told apart, nor A and B. Add runs with more "
-                "and with fewer tokens at the same size."
-            )
-            faulty |= set(form.params) - {"E"}
-    return warnings, faulty
+            if abs(slope + 1) < 0.05:
+                said = (
+                    "N x D is (nearly) the same in every row, one budget: it shows where that budget's best size lies, "
+                )
+                said += (
+                    "not how it moves, so alpha and beta cannot be told apart, nor A and B. Add runs at other budgets."
+                )
+            else:
+                ratio = np.exp(np.mean(X[1] - X[0]))
+                said = f"D = {ratio:.3g} N" if abs(slope - 1) < 0.05 else f"D follows N^{slope:.2f}"
+                said += (
+                    " in (nearly) every row: alpha and beta cannot be told apart, nor A and B. Add runs with more and "
+                )
+                said += "with fewer tokens at the same size."
+            faults.append((said, set(form.params) - {"E"}))
+    if form is DATA_CONSTRAINED:
+        epochs = np.round(X[1] - X[2], 2)
+        if len(np.unique(epochs[epochs > 0.02])) < 2:
+            said = "Fewer than two distinct numbers of epochs above one: what repeats are worth cannot be told."
+            faults.append((said, {"R_D", "R_N"}))
+    return faults
 
 
 # ---------------------------------------------------------------------------------------------------------------- fits
@@ -526,7 +381,7 @@ def fit_power(
     floor: bool = False,
     objective: str = "huber",
     delta: float = 1e-3,
-    bootstrap: int = 200,
+    bootstrap: int = 1000,
     clusters: object = None,
     weights: object = None,
     seed: int = 0,
@@ -544,7 +399,7 @@ def fit_growth(
     y: object,
     objective: str = "huber",
     delta: float = 1e-3,
-    bootstrap: int = 200,
+    bootstrap: int = 1000,
     clusters: object = None,
     weights: object = None,
     seed: int = 0,
@@ -567,29 +422,44 @@ def fit_surface(
 ) -> Fit:
     """L(N, D) = E + A / N^alpha + B / D^beta, fitted on log L (Hoffmann et al. 2022, eq. 10; Besiroglu et al. 2024).
 
-    params N, tokens D, loss L (nats): arrays (n,), positive and finite, one row a finished run.
+    params N, tokens D, loss L (nats): arrays (n,), positive and finite, one row a finished run, in any units.
     objective: ``huber`` (summed, delta on log residuals), ``lsq`` (sum of squares) or ``lad`` (sum of absolute values).
-    bootstrap: resamples, warm-started at the optimum. Rows are drawn, or whole ``clusters`` (n,) where these are given,
-        for instance all runs of one size. Few rows make percentile intervals too short: deviations from the estimate
-        are widened by t(0.975, freedom) / 1.96, freedom = n - parameters, which is 1 for many rows.
+    bootstrap: resamples, warm-started at the optimum, see ``resampled``. A resample weighs each row anew, or each of
+        ``clusters`` (n,) where these are given, for instance all runs of one size. Exact copies of a row count once.
     weights: (n,) positive factors on the rows. starts: (S, 5) of (E, A, B, alpha, beta); None is Hoffmann's grid.
 
-    ``starts_agreeing`` counts starts whose objective ends within 1e-6, relative, of the best. Raises LabError for rows
-    that are not positive and finite (by number), and for fewer rows than parameters.
+    Raises LabError for rows that are not positive and finite (by number), and for fewer rows than parameters.
     """
+    names = ["params", "tokens"]
     return _fit(
-        SURFACE,
-        [params, tokens],
-        loss,
-        ["params", "tokens"],
-        objective,
-        delta,
-        bootstrap,
-        clusters,
-        weights,
-        seed,
-        starts,
-    )
+        SURFACE, [params, tokens], loss, names, objective, delta, bootstrap, clusters, weights, seed, starts
+    )  # fmt: skip
+
+
+def fit_data_constrained(
+    params: object,
+    tokens: object,
+    unique: object,
+    loss: object,
+    objective: str = "huber",
+    delta: float = 1e-3,
+    bootstrap: int = 1000,
+    clusters: object = None,
+    weights: object = None,
+    starts: object = None,
+    seed: int = 0,
+) -> Fit:
+    """The surface where text is repeated (Muennighoff et al. 2023, arXiv:2305.16264): L = E + A / N'^alpha + B / D'^beta
+    with N' and D' what parameters and tokens are worth over ``unique`` distinct tokens (``forms.DataConstrained``).
+
+    All seven parameters, R_D and R_N among them, are fitted at once, so that their intervals know of each other. Rows
+    without repetition belong in the fit: they carry the surface. unique (n,): distinct tokens; what exceeds tokens
+    counts as tokens. R_D and R_N are searched between 0.01 and 10,000. starts: (S, 7). Otherwise as ``fit_surface``.
+    """
+    names = ["params", "tokens", "unique"]
+    N, D, U, _ = _columns({"params": params, "tokens": tokens, "unique": unique, "loss": loss})
+    inputs = [N, D, np.minimum(U, D)]
+    return _fit(DATA_CONSTRAINED, inputs, loss, names, objective, delta, bootstrap, clusters, weights, seed, starts)
 
 
 def _fit(form, inputs, y, names, objective, delta, bootstrap, clusters, weights, seed, starts=None) -> Fit:
@@ -604,60 +474,95 @@ def _fit(form, inputs, y, names, objective, delta, bootstrap, clusters, weights,
         raise LabError(f"A {form.name} law with {p} parameters needs at least {p} rows", f"{n} rows", "add runs")
     w = np.ones(n) if weights is None else _columns({"weights": weights, "loss": y})[0]
     logs = np.log(np.array(inputs))
-    centre = logs.mean(axis=1)
+    centre = form.centre(logs)
     X, log_y = logs - centre[:, None], np.log(y)
     level = float(np.median(log_y))
 
-    if starts is None:
-        begin = hoffmann_grid(form, centre, level)
+    if starts is not None:
+        begin = form.theta(pd.DataFrame(np.atleast_2d(np.asarray(starts, float)), columns=form.params), centre)
+        times = np.ones(len(begin), int)
+    elif form is DATA_CONSTRAINED:
+        begin, times = _repetition_starts(X, log_y, w, centre, level)
     else:
-        begin = np.atleast_2d(np.asarray(starts, float)).copy()
-        for c, s, v in form.slots:
-            begin[:, c] = np.log(begin[:, c]) - (0 if s is None else begin[:, s] * centre[v])
-    thetas, values = _solve(form, begin, X, log_y, w, objective, delta)
-    best = int(np.argmin(values))
-    agreeing = int((values <= values[best] * (1 + 1e-6) + 1e-14 * n).sum())
-    last = _deltas(objective, delta)[-1]
-    theta, _ = minimise(form, thetas[best : best + 1], X, log_y, w, last, steps=500, tolerance=0.0)
-    m, shares = form.evaluate(theta, X)
+        begin, times = hoffmann_grid(form, centre, level)
+    path = deltas(objective, delta)
+    last = path[-1]
+    thetas, values = solve(form, begin, X, log_y, w, path)
+    slow = (values > values.min() * (1 + 1e-6)) & (values < values.min() * 1.01)  # in a flat valley, not yet at its end
+    if slow.any():
+        thetas[slow], values[slow] = minimise(form, thetas[slow], X, log_y, w, last, steps=1000)
+    if len(path) > 1:  # least squares may have led all starts to gross outliers, so some go without it
+        more, there = solve(form, begin[:: max(1, len(begin) // 50)], X, log_y, w, path[1:][-2:])
+        thetas, values = np.concatenate([thetas, more]), np.concatenate([values, there])
+        times = np.concatenate([times, np.zeros(len(more), int)])
+    # Under one budget the two terms may change places, N^-alpha for D^beta: of equal optima the one that falls is meant.
+    falling = (thetas[:, len(form.terms) :] > 0).all(axis=1)
+    near = [int(np.argmin(values)), int(np.argmin(np.where(falling, values, np.inf)))]
+    polished, least = minimise(form, thetas[near], X, log_y, w, last, steps=500, tolerance=0.0)
+    chosen = int(least[1] <= least[0] * (1 + 1e-6) and (polished[1, len(form.terms) :] > 0).all())
+    theta, least = polished[chosen : chosen + 1], least[chosen : chosen + 1]
+    agrees = values <= least[0] * (1 + 1e-6) + 1e-14 * n * min(last, 1.0)
+    m, state = form.evaluate(theta, X)
     r = log_y - m[0]
     value = {"huber": huber(r, delta), "lsq": r**2, "lad": np.abs(r)}[objective] @ w
 
-    units = np.arange(n) if clusters is None else pd.factorize(np.asarray(clusters))[0]
-    if len(units) != n:
-        raise LabError("clusters must name one cluster a row", f"{len(units)} clusters, {n} rows")
+    units, copies = _units(clusters, [*inputs, y])
     freedom = int(units.max()) + 1 - p
-    samples, widening = pd.DataFrame(), 1.0
-    if bootstrap:
-        drawn = resample(units, X, bootstrap, seed, needed=2 if len(form.terms) == 1 else 3)
-        if drawn is not None and freedom >= 1:
-            samples = form.natural(_bootstrap(form, theta, X, log_y, drawn * w, objective, delta), centre)
-            widening = small_sample_factor(freedom)
+    samples = pd.DataFrame()
+    if bootstrap and freedom >= 1:
+        drawn = resampled(form, theta, X, log_y, w, units, objective, delta, bootstrap, seed)
+        samples = form.natural(drawn, centre)
 
     fitted = form.natural(theta, centre).iloc[0].to_dict()
-    warnings, faulty = design_faults(form, logs, [{"params": "N", "tokens": "D"}.get(name, name) for name in names])
-    J = form.jacobian(shares, X)[0] * np.sqrt(w)
-    condition = float(np.linalg.cond(J / np.maximum(np.linalg.norm(J, axis=1), 1e-300)[:, None]))
-    if fitted.get("E", 1.0) < 1e-6 * y.min():
-        warnings.append("The floor E ends at zero: these rows show no floor.")
-        faulty.add("E")
+    nothing = 1e-6 * y.min()
+    if fitted.get("E", 1.0) < nothing:
+        fitted["E"] = 0.0
+    if "E" in samples:
+        samples["E"] = samples["E"].where(samples["E"] > nothing, 0.0)
+    faults = design_faults(form, logs, [{"params": "N", "tokens": "D"}.get(name, name) for name in names])
+    if fitted.get("E") == 0:
+        faults.append(("The floor E ends at zero: these rows show no floor.", {"E"}))
+    for c, s, _ in form.terms:
+        if s and form is not GROWTH and fitted[s] <= 0:
+            variable = {"alpha": "N", "beta": "D"}[s] if "beta" in fitted else "x"
+            faults.append((f"{s} is not positive: in these rows the loss does not fall with {variable}.", {c, s}))
+    # The slope in log A is one up to U_N, and less above it.
+    if form is DATA_CONSTRAINED and (1 - state[0, 3] > 0.02).sum() < 3:
+        faults.append(("Fewer than three runs are larger than their text could feed: R_N cannot be told.", {"R_N"}))
+    warnings = [said for said, _ in faults]
+    reasons = {name: said for said, concerned in reversed(faults) for name in concerned}
+    if copies:
+        warnings.append(f"{copies} of {n} rows are exact copies of others: fitted as they are, but drawn as one.")
     if bootstrap and not len(samples):
         warnings.append(f"{n} rows in {freedom + p} units are too few for {p} parameters: no intervals.")
-    if agreeing < 0.1 * len(begin):
-        warnings.append(f"Only {agreeing} of {len(begin)} starts reach the best optimum: it may not be the global one.")
-    intervals = _intervals(fitted, samples, widening)
+    total, agreeing = int(times.sum()), max(1, int(times[agrees].sum()))
+    if agreeing < 0.1 * total:
+        warnings.append(f"Only {agreeing} of {total} starts reach the best optimum: it may not be the global one.")
+    intervals = percentile_intervals(fitted, samples)
+    limit = profile_threshold(r, w, p, objective, delta)
+    leaning = False
+    if len(samples) and "E" in fitted:
+        low, high = intervals["E"]
+        least_floor, most = _floors(form, theta, X, log_y, w, last, least[0] + limit, centre)
+        intervals["E"] = (min(low, least_floor), max(high, most))
+        leaning = np.ptp(intervals["E"]) > 1.5 * (high - low) and np.ptp(intervals["E"]) > 0.25 * y.min()
     status = {
         name: "not assessed"
         if not bootstrap
         else "not identified"
-        if name in faulty
-        else identification(name, fitted[name], intervals[name], freedom)
+        if name in reasons
+        else identification(name, fitted[name], intervals[name], 1 if leaning else freedom)
         for name in form.params
     }
+    if leaning:
+        span = "{:.3g} to {:.3g}".format(*intervals["E"])
+        warnings.append(f"Floors from {span} fit as well, with other exponents: none is more than weak.")
+    J = form.jacobian(state, X)[0] * np.sqrt(w)
     data = pd.DataFrame(
-        dict(zip(names, inputs, strict=True)) | {"observed": y, "predicted": np.exp(m[0]), "residual": r}
+        dict(zip(names, inputs, strict=True))
+        | {"observed": y, "predicted": np.exp(m[0]), "residual": r, "weight": w, "unit": units}
     )
-    return Fit(
+    fit = Fit(
         form=form.name,
         params=fitted,
         intervals=intervals,
@@ -665,15 +570,92 @@ def _fit(form, inputs, y, names, objective, delta, bootstrap, clusters, weights,
         n=n,
         objective=objective,
         delta=delta,
-        starts=len(begin),
+        starts=total,
         starts_agreeing=agreeing,
         status=status,
         warnings=warnings,
         samples=samples,
-        widening=widening,
-        condition=condition,
+        condition=float(np.linalg.cond(J / np.maximum(np.linalg.norm(J, axis=1), 1e-300)[:, None])),
         data=data,
+        reasons=reasons,
     )
+    if bootstrap and "beta" in fitted:
+        told_apart = not {"alpha", "beta"} & set(reasons)
+        enough = 1 if leaning else freedom
+        fit.a_status = identification("a", fit.a, fit.a_interval, enough) if told_apart else "not identified"
+    others = thetas[~agrees & (values <= least[0] + limit)]
+    if len(others) and starts is None:
+        fit.rivals = _rivals(form, others, X, log_y, w, last, least[0], limit, centre)
+        _doubt(fit)
+    return fit
+
+
+def _floors(form, theta, X, log_y, w, delta, limit, centre) -> tuple[float, float]:
+    """The least and the largest floor E, in steps of a twentieth of the lowest loss, at which the objective is within its
+    limit (infinity and zero where none is). Resamples start at one optimum, and seldom leave the valley of few rows."""
+    lowest, now = np.exp(log_y.min()), float(np.exp(theta[0, 0]))
+    floors = lowest * np.append(1e-3, np.arange(0.05, 1.0, 0.05))
+    lines = [form.held("E", floor, centre) for floor in floors]
+    held = np.array([row for row, _ in lines]), np.array([right for _, right in lines])
+    begin = np.repeat(theta, len(floors), axis=0)
+    begin[:, 1 : len(form.terms)] += np.log((lowest - floors) / max(lowest - now, 0.01 * lowest))[:, None]
+    values = minimise(form, begin, X, log_y, w, delta, held=held)[1]
+    allowed = np.append(0.0, floors[1:])[values <= limit]
+    return float(np.min(allowed, initial=np.inf)), float(np.max(allowed, initial=0.0))
+
+
+def _units(clusters: object, columns: list[np.ndarray]) -> tuple[np.ndarray, int]:
+    """The unit that each row is drawn with, numbered from 0, and how many rows are exact copies of an earlier one."""
+    n = len(columns[0])
+    copy_of = np.unique(np.stack(columns), axis=1, return_inverse=True)[1].ravel()
+    copies = n - int(copy_of.max()) - 1
+    if clusters is None:
+        return pd.factorize(copy_of)[0], copies
+    units = pd.factorize(np.asarray(clusters))[0]
+    if len(units) != n:
+        raise LabError("clusters must name one cluster a row", f"{len(units)} clusters, {n} rows")
+    return units, copies
+
+
+def _repetition_starts(X, log_y, w, centre, level) -> tuple[np.ndarray, np.ndarray]:
+    """Starts of a data-constrained fit: the surface's optima by least squares, on all rows and on those without
+    repetition, and a few points of its grid, each with R_D and R_N over four decades."""
+    grid, _ = hoffmann_grid(SURFACE, centre, level)
+    found = [grid[len(grid) // 14 :: len(grid) // 7]]
+    fresh = X[1] <= X[2] + 0.02
+    for rows in (np.full(len(log_y), True), fresh):
+        if rows.sum() >= 8:
+            thetas, values = minimise(SURFACE, grid, X[:2, rows], log_y[rows], w[rows], np.inf, steps=60)
+            found.append(thetas[np.argsort(values)[:1]])
+    surfaces = np.concatenate(found)
+    repeats = np.log([[d, k] for d in (0.5, 3, 15, 80, 1000) for k in (0.5, 5, 50, 1000)])
+    starts = np.hstack([np.repeat(surfaces, len(repeats), axis=0), np.tile(repeats, (len(surfaces), 1))])
+    return starts, np.ones(len(starts), int)
+
+
+def _rivals(form, others, X, log_y, w, delta, least, limit, centre) -> pd.DataFrame:
+    """Optima that are not the best but as good within the noise: the distinct ends of what starts came near them."""
+    step = max(1, len(others) // 12)
+    thetas, values = minimise(form, others[::step], X, log_y, w, delta, steps=300, tolerance=1e-14)
+    worse = (values > least * (1 + 1e-6)) & (values <= least + limit)
+    if not worse.any():
+        return pd.DataFrame()
+    keep = np.unique(np.round(thetas[worse], 2), axis=0, return_index=True)[1]
+    table = form.natural(thetas[worse][keep], centre).assign(value=values[worse][keep])
+    return table.sort_values("value", ignore_index=True).head(5)
+
+
+def _doubt(fit: Fit) -> None:
+    """A parameter that another optimum, as good within the noise, puts outside its interval is not identified."""
+    for name, (low, high) in fit.intervals.items():
+        if not len(fit.rivals) or not np.isfinite(low):
+            continue
+        outside = fit.rivals[name][(fit.rivals[name] < low) | (fit.rivals[name] > high)]
+        if len(outside):
+            said = f"Another optimum, as good within the noise, lies at {name} = {outside.iloc[0]:.3g}, outside its interval."
+            fit.status[name] = "not identified"
+            fit.reasons.setdefault(name, said)
+            fit.warnings.append(said)
 
 
 def _columns(named: dict[str, object]) -> list[np.ndarray]:
@@ -695,173 +677,81 @@ def _columns(named: dict[str, object]) -> list[np.ndarray]:
     return arrays
 
 
-def resample(units: np.ndarray, X: np.ndarray, count: int, seed: int, needed: int) -> np.ndarray | None:
-    """Bootstrap multiplicities (count, n): units (a row's cluster number, (n,)) drawn with replacement.
+# ----------------------------------------------------------------------------------------------------------- certainty
 
-    A draw with fewer than ``needed`` distinct values of a variable says nothing about the law, so it is drawn again.
-    None where the rows themselves have fewer, or where such draws are so rare that keeping them would not be a
-    bootstrap.
+
+def resampled(form, theta, X, log_y, w, units, objective, delta, count, seed) -> np.ndarray:
+    """theta (R, p) of R resamples, all refitted at once from the optimum of the whole.
+
+    A Bayesian bootstrap (Rubin 1981): every unit, a row or a cluster, gets a random weight of mean one. Unlike draws
+    with replacement it leaves no size out, so that few rows stay a design, and every resample is itself a fit, with no
+    parameter where no fit could be. Three things make the intervals cover at their rate from a dozen rows up (measured
+    by ``coverage``):
+
+    - Absolute deviations hop between rows, the more the fewer there are: resamples are refitted with a zone of at least a
+      quarter of the residuals' robust spread, up to 2.5 times Huber's own for few rows.
+    - Residuals are too small by the pull h of their own row on the fit. Where they count by their size, weights are
+      drawn not from an exponential but from a gamma distribution of standard deviation 1 / (1 - h), so that the scores
+      spread as in HC3 (MacKinnon and White 1985); where they count by their sign the standard deviation stays one, and
+      in between it goes by the share of rows in the quadratic zone, the mean of the fit's and the refits'.
+    - A straight line from few rows needs Student's t: its deviations are stretched by t / 1.96. Those of sums of terms
+      are wide enough by their own curvature.
     """
-    rng = np.random.default_rng(seed)
-    groups = int(units.max()) + 1
-    values = [np.unique(np.round(x, 6), return_inverse=True)[1] for x in X]
-    if min(v.max() + 1 for v in values) < needed:
-        return None
-    onehot = [(v == np.arange(v.max() + 1)[:, None]).T.astype(float) for v in values]
-    kept: list[np.ndarray] = []
-    for _ in range(50):
-        times = rng.multinomial(groups, np.full(groups, 1 / groups), size=count)[:, units].astype(float)
-        useful = np.all([((times @ o) > 0).sum(axis=1) >= needed for o in onehot], axis=0)
-        kept.append(times[useful])
-        if sum(map(len, kept)) >= count:
-            return np.concatenate(kept)[:count]
-    return None
-
-
-def small_sample_factor(freedom: int) -> float:
-    """How much to widen bootstrap deviations: Student's t over the normal quantile. Resampling rows already overstates
-    the spread of few rows a little, which stands in for the usual n / freedom (chosen by simulated coverage)."""
-    tail = 0.5 * (1 + LEVEL)
-    return float(stats.t.ppf(tail, freedom) / stats.norm.ppf(tail))
-
-
-def _bootstrap(form, theta, X, log_y, weights, objective, delta) -> np.ndarray:
-    """theta (R, p) refitted on every row of weights (R, n), all at once, from the optimum of the whole."""
-    thetas = np.repeat(theta, len(weights), axis=0)
-    path = {"lsq": [np.inf], "huber": [delta], "lad": [1e-3, 1e-4, 1e-5]}[objective]
-    for d in path:
-        thetas, _ = minimise(form, thetas, X, log_y, weights, d, steps=100, tolerance=1e-9)
+    n, p, count_units = len(log_y), theta.shape[1], int(units.max()) + 1
+    own = zone = {"huber": delta, "lsq": np.inf, "lad": LAD_DELTA}[objective]
+    m, state = form.evaluate(theta, X)
+    size, middle = np.abs(log_y - m[0]), theta
+    if np.isfinite(own):
+        zone = max(0.25 * robust_sd(size), own * (1 + min(1.5, 12 * p / count_units)))
+        middle, _ = minimise(form, theta, X, log_y, w, zone, tolerance=1e-12)
+    inside = [max(0.0, ((size <= limit).sum() - p) / (n - p)) for limit in (own, zone)]  # p would be without any noise
+    quadratic = 0.5 * sum(inside)
+    spread = 1 + quadratic * (1 / (1 - _pulls(form.jacobian(state, X)[0].T, w, units)) - 1)
+    draws = np.random.default_rng(seed).gamma(1 / spread**2, spread**2, size=(count, count_units))
+    draws *= count_units / draws.sum(axis=1, keepdims=True)
+    begin = np.repeat(middle, count, axis=0)
+    thetas, _ = minimise(form, begin, X, log_y, draws[:, units] * w, zone, steps=100, tolerance=1e-9)
+    if len(form.terms) == 1:
+        tail = 0.5 * (1 + LEVEL)
+        thetas = theta + (thetas - middle) * stats.t.ppf(tail, count_units - p) / stats.norm.ppf(tail)
     return thetas
 
 
-# ----------------------------------------------------------------------------------------- learning rates and isoFLOPs
+def _pulls(J: np.ndarray, w: np.ndarray, units: np.ndarray) -> np.ndarray:
+    """How much of each unit's own error its fitted value follows, at most two thirds: the leverage of a row, the largest
+    eigenvalue of a cluster's block. J (n, p) slopes, w (n,) weights, units (n,)."""
+    J = J * np.sqrt(w)[:, None]
+    Q, _ = np.linalg.qr(J / (np.linalg.norm(J, axis=0) + 1e-150))
+    blocks = np.zeros((int(units.max()) + 1, Q.shape[1], Q.shape[1]))
+    np.add.at(blocks, units, Q[:, :, None] * Q[:, None, :])
+    return np.minimum(np.linalg.eigvalsh(blocks)[:, -1], 2 / 3)
 
 
-def best_learning_rate(
-    frame: pd.DataFrame,
-    by: Sequence[str] = ("budget", "params_total"),
-    rate: str = "learning_rate",
-    loss: str = "val_loss",
-) -> pd.DataFrame:
-    """The best learning rate of each group of runs, by a parabola of loss in log rate through the lowest and its
-    neighbours (all rates within a factor of four of the lowest); runs of several seeds at one rate count by their mean.
+def robust_sd(r: np.ndarray) -> float:
+    """1.4826 times the median size: the standard deviation, if the residuals are normal but for a few."""
+    return 1.4826 * float(np.median(np.abs(r)))
 
-    Returns one row a group: ``by``, ``learning_rate`` and ``val_loss`` (under their given names) at the vertex,
-    ``edge`` (empty, ``low`` or ``high`` where the best lies at the edge of the rates tried, ``single`` where there was
-    one rate), ``fitted`` (a vertex was found inside; otherwise the best run itself stands there), ``curvature`` (nats
-    per squared log rate), ``rates``, and every column that is the same in all runs of the group (the median of tokens
-    and FLOPs). A run that diverged counts as tried, at an infinite loss; a group where every run did is left out.
+
+def profile_threshold(r: np.ndarray, w: np.ndarray, p: int, objective: str, delta: float) -> float:
+    """How far the objective may rise above its least while a parameter held elsewhere is still within its 95 % region.
+
+    The likelihood-ratio test of robust regression (Schrader and Hettmansperger 1980): F / 2 times the mean squared
+    influence over the mean slope of the influence; for least squares the usual F test. In units of Huber's rho. r (n,)
+    log residuals at the optimum, w (n,) weights, p parameters.
     """
-    by = list(by)
-    _require_columns(frame, [*by, rate, loss])
-    frame = frame.assign(**{loss: _finite_losses(frame, loss)})
-    rows = []
-    for key, group in frame.groupby(by, sort=True):
-        means = group.groupby(rate)[loss].mean().sort_index()
-        tried, losses = means.index.to_numpy(float), means.to_numpy()
-        best = int(np.argmin(losses))
-        if not np.isfinite(losses[best]):
-            continue
-        edge = "single" if len(tried) == 1 else "low" if best == 0 else "high" if best == len(tried) - 1 else ""
-        row = dict(zip(by, key, strict=True)) | {rate: tried[best], loss: losses[best], "edge": edge}
-        row |= {"fitted": False, "curvature": np.nan, "rates": len(tried)}
-        x = np.log(tried / tried[best])
-        near = np.isfinite(losses) & (np.abs(x) <= np.log(4.01))
-        if not edge:
-            near[[best - 1, best + 1]] = np.isfinite(losses[[best - 1, best + 1]])
-        if not edge and near.sum() >= 3 and np.isfinite(losses[[best - 1, best + 1]]).all():
-            c, b, a = np.polyfit(x[near], losses[near], 2)[::-1]
-            if a > 0 and x[best - 1] < -b / (2 * a) < x[best + 1]:
-                vertex = -b / (2 * a)
-                row |= {rate: tried[best] * np.exp(vertex), loss: c - b * b / (4 * a), "fitted": True, "curvature": a}
-        for column in group.columns:
-            if column in row:
-                continue
-            if group[column].map(repr).nunique() == 1:
-                row[column] = group[column].iloc[0]
-            elif column in ("tokens_seen", "unique_tokens", "epochs", "flops", "flops_6nd"):
-                row[column] = group[column].median()
-        rows.append(row)
-    if not rows:
-        raise LabError("At least one run must have ended with a finite loss", f"{len(frame)} runs, none finite")
-    return pd.DataFrame(rows)
+    n = len(r)
+    if n <= p:
+        return float("inf")
+    zone = {"huber": delta, "lsq": np.inf, "lad": LAD_DELTA}[objective]
+    psi, slope = np.clip(r, -zone, zone), 1.0
+    if np.isfinite(zone):  # rows inside the zone may be few: count them in a wider one, where the density is the same
+        window = max(zone, 0.5 * robust_sd(r))
+        slope = np.average(np.abs(r) <= window, weights=w) * zone / window
+    spread = ((w * psi) ** 2).mean() / w.mean()
+    return float(0.5 * stats.f.ppf(LEVEL, 1, n - p) * spread / max(slope, 1e-12) * n / (n - p))
 
 
-def _finite_losses(frame: pd.DataFrame, loss: str) -> pd.Series:
-    losses = pd.to_numeric(frame[loss]).astype(float)
-    if "status" in frame:
-        losses = losses.where(frame["status"] != "diverged", np.inf)
-    return losses.fillna(np.inf)
-
-
-def _require_columns(frame: pd.DataFrame, columns: Sequence[str]) -> None:
-    missing = [name for name in columns if name not in frame.columns]
-    if missing:
-        raise LabError(
-            f"The table needs the columns {', '.join(columns)}",
-            f"without {', '.join(missing)}",
-            f"its columns are {', '.join(map(str, frame.columns[:30]))}",
-        )
-
-
-def _best_sizes(frame, budget, params, tokens, loss) -> pd.DataFrame:
-    """One row for each budget and size: the loss at its best learning rate, or the mean loss where no rate is known."""
-    _require_columns(frame, [budget, params, tokens, loss])
-    if "learning_rate" in frame:
-        best = best_learning_rate(frame, (budget, params), loss=loss)
-    else:
-        finite = frame.assign(**{loss: _finite_losses(frame, loss)}).query(f"`{loss}` < inf")
-        best = finite.groupby([budget, params], as_index=False)[[tokens, loss]].mean().assign(edge="")
-    if tokens not in best:
-        best[tokens] = frame.groupby([budget, params])[tokens].median().reindex(best[[budget, params]]).to_numpy()
-    return best.sort_values([budget, params], ignore_index=True)
-
-
-def isoflop_minima(
-    frame: pd.DataFrame,
-    budget: str = "budget",
-    params: str = "params_total",
-    tokens: str = "tokens_seen",
-    loss: str = "val_loss",
-) -> pd.DataFrame:
-    """The best size at each budget: a parabola of loss in log N (Hoffmann et al. 2022, approach 2), after the best
-    learning rate of each size (``best_learning_rate``).
-
-    D_opt is read off the runs themselves, log D against log N, so it holds for any accounting of FLOPs. Returns one row
-    a
-    budget: ``budget``, ``params_opt``, ``tokens_opt``, ``loss_min``, ``inside`` (the parabola opens upward and its
-    minimum lies between the smallest and the largest size; otherwise the best size measured stands there and no law
-    uses the row), ``curvature`` (nats per squared log N), ``sizes``, ``edges`` (sizes whose best learning rate lies at
-    an edge).
-    """
-    best = _best_sizes(frame, budget, params, tokens, loss)
-    return pd.DataFrame([_minimum(family, key, params, tokens, loss)[0] for key, family in best.groupby(budget)])
-
-
-def _minimum(family, key, params, tokens, loss) -> tuple[dict, np.ndarray]:
-    """One budget's row, and the residuals (nats) of its sizes about the parabola."""
-    N, D, L = (family[name].to_numpy(float) for name in (params, tokens, loss))
-    x, lowest = np.log(N), int(np.argmin(L))
-    row = {
-        "budget": float(key),
-        "params_opt": N[lowest],
-        "tokens_opt": D[lowest],
-        "loss_min": L[lowest],
-        "inside": False,
-    }
-    row |= {"curvature": np.nan, "sizes": len(N), "edges": int((family["edge"] != "").sum())}
-    if len(N) < 3:
-        return row, np.zeros(0)
-    middle = x.mean()
-    coefficients = np.polyfit(x - middle, L, 2)
-    a, b, c = coefficients
-    row["curvature"] = a
-    residuals = L - np.polyval(coefficients, x - middle)
-    if a > 0 and x[0] < middle - b / (2 * a) < x[-1]:
-        vertex = middle - b / (2 * a)
-        row |= {"params_opt": np.exp(vertex), "tokens_opt": np.exp(np.interp(vertex, x, np.log(D)))}
-        row |= {"loss_min": c - b * b / (4 * a), "inside": True}
-    return row, residuals
+# ------------------------------------------------------------------------------------------------------------- compute
 
 
 @dataclass
@@ -899,9 +789,9 @@ def isoflop_laws(
     about the parabolas, its own uncertainty included (a scaled inverse chi-square draw); with no degrees of freedom
     left it is ``seed_sd`` (nats), and without that there are no intervals. Only minima inside their grid count.
     """
-    best = _best_sizes(frame, budget, params, tokens, loss)
+    best = best_sizes(frame, budget, params, tokens, loss)
     families = [(key, family) for key, family in best.groupby(budget)]
-    rows, residuals = zip(*(_minimum(family, key, params, tokens, loss) for key, family in families), strict=True)
+    rows, residuals = zip(*(minimum(family, key, params, tokens, loss) for key, family in families), strict=True)
     minima = pd.DataFrame(rows)
     warnings = []
     for row in rows:
@@ -959,6 +849,63 @@ def isoflop_laws(
     return IsoFlop(minima, best, laws, scatter, warnings)
 
 
+@dataclass
+class Frontier:
+    """The compute frontier and its laws. points: the rows that no cheaper one beats, by rising compute. laws: ``N_opt``
+    = k C^a, ``D_opt`` = k C^a and ``L_min`` = A C^-alpha as ``Fit``."""
+
+    points: pd.DataFrame
+    laws: dict[str, Fit]
+    warnings: list[str]
+
+    def table(self) -> pd.DataFrame:
+        """The laws' parameters in one frame, with the law's name as first index."""
+        return pd.concat({name: law.table() for name, law in self.laws.items()}, names=["law"])
+
+
+def frontier_laws(
+    frame: pd.DataFrame,
+    flops: str = "flops",
+    params: str = "params_total",
+    tokens: str = "tokens_seen",
+    loss: str = "val_loss",
+    run: str | None = None,
+    bootstrap: int = 200,
+    seed: int = 0,
+) -> Frontier:
+    """N_opt(C), D_opt(C) and L_min(C) along the lower envelope of all points (Hoffmann et al. 2022, approach 1; see
+    ``optima.frontier``), as straight lines in log-log.
+
+    The envelope is chosen by the losses it is made of, so the bootstrap draws whole runs (``run`` names their column;
+    without it each row is one) and takes the envelope and fits the lines again. Few points make an envelope, and its
+    losses are the luckiest: prefer ``isoflop_laws`` or ``fit_surface`` where the runs allow them.
+    """
+    require_columns(frame, [flops, params, tokens, loss])
+    frame = frame.reset_index(drop=True)
+    C, values = frame[flops].to_numpy(float), frame[[params, tokens, loss]].to_numpy(float)
+    chosen = frontier(C, values[:, 2])
+    if len(np.unique(C[chosen])) < 2:
+        raise LabError("A frontier's laws need at least two points", f"{len(chosen)}", "add runs at other budgets")
+    units = np.arange(len(C)) if run is None else pd.factorize(frame[run])[0]
+    rng, draws = np.random.default_rng(seed), []
+    lines = np.stack([np.ones(len(chosen)), np.log(C[chosen])], axis=1)
+    for _ in range(bootstrap):
+        groups = units.max() + 1
+        kept = np.flatnonzero(np.isin(units, rng.integers(0, groups, groups)))
+        again = kept[frontier(C[kept], values[kept, 2])]
+        if len(np.unique(C[again])) >= 2:
+            design = np.stack([np.ones(len(again)), np.log(C[again])], axis=1)
+            draws.append(np.exp(lines @ np.linalg.lstsq(design, np.log(values[again]), rcond=None)[0]))
+    drawn = np.array(draws) if len(draws) > 0.9 * bootstrap > 0 else np.empty((0, len(chosen), 3))
+    freedom = len(chosen) - 2
+    forms = (("N_opt", GROWTH), ("D_opt", GROWTH), ("L_min", POWER))
+    laws = {
+        name: _line(C[chosen], values[chosen, i], drawn[:, :, i], form, freedom) for i, (name, form) in enumerate(forms)
+    }
+    warnings = [] if len(drawn) else ["Too few runs for intervals: most draws of them leave no frontier."]
+    return Frontier(frame.loc[chosen].reset_index(drop=True), laws, warnings)
+
+
 def _line(x: np.ndarray, y: np.ndarray, draws: np.ndarray, form: PowerSum, freedom: int) -> Fit:
     """A straight line in log-log by least squares, refitted to every row of draws (R, n)."""
     centre = np.log(x).mean()
@@ -968,7 +915,7 @@ def _line(x: np.ndarray, y: np.ndarray, draws: np.ndarray, form: PowerSum, freed
     r = np.log(y) - design @ theta
     params = form.natural(theta[None], np.array([centre])).iloc[0].to_dict()
     samples = form.natural((inverse @ np.log(draws).T).T, np.array([centre])) if len(draws) else pd.DataFrame()
-    intervals = _intervals(params, samples, 1.0)
+    intervals = percentile_intervals(params, samples)
     # Two budgets give a line whatever the law is: at most weak.
     checkable = min(freedom, 3 if len(x) > 2 else 1)
     warnings = [] if len(x) > 2 else ["Two budgets always lie on a line: nothing here tests the power law itself."]
@@ -987,125 +934,3 @@ def _line(x: np.ndarray, y: np.ndarray, draws: np.ndarray, form: PowerSum, freed
         condition=float(np.linalg.cond(design / np.linalg.norm(design, axis=0))),
         data=pd.DataFrame({"x": x, "observed": y, "predicted": np.exp(design @ theta), "residual": r}),
     )
-
-
-@dataclass(frozen=True)
-class LearningRateRule:
-    """learning rate = ``rate`` (N / ``params``)^``params_exponent`` (D / ``tokens``)^``tokens_exponent``, where params
-    and tokens are the geometric means of the runs behind it. form: ``N and D``, ``N`` or ``constant``, what the data
-    supports.
-    n: optima used; edges: those left out because they lie at the edge of the rates tried. scatter: standard deviation
-    of log rate about the rule. intervals: 95 %, Student's t, of each coefficient."""
-
-    form: str
-    rate: float
-    params: float
-    tokens: float
-    params_exponent: float
-    tokens_exponent: float
-    intervals: dict[str, tuple[float, float]]
-    n: int
-    edges: int
-    scatter: float
-    warnings: tuple[str, ...] = ()
-
-    def predict(self, params: object, tokens: object = None) -> object:
-        """The best learning rate for N parameters and D tokens; a float for numbers, an array for arrays. tokens may be
-        left out where the rule does not depend on them."""
-        if tokens is None:
-            if self.tokens_exponent:
-                raise LabError("This rule depends on the tokens too", "params alone", "give tokens")
-            tokens = self.tokens
-        N, D = np.asarray(params, float), np.asarray(tokens, float)
-        rate = self.rate * (N / self.params) ** self.params_exponent * (D / self.tokens) ** self.tokens_exponent
-        return float(rate) if np.ndim(rate) == 0 else rate
-
-    def table(self) -> pd.DataFrame:
-        """One row a coefficient: value, low, high."""
-        values = {"rate": self.rate, "params_exponent": self.params_exponent, "tokens_exponent": self.tokens_exponent}
-        rows = {
-            name: {"value": value, **dict(zip(("low", "high"), self.intervals[name], strict=True))}
-            for name, value in values.items()
-            if name in self.intervals
-        }
-        return pd.DataFrame(rows).T.rename_axis("coefficient")
-
-    def sentence(self) -> str:
-        """The rule in words."""
-        text = f"The best learning rate is {self.rate:.2g} at {self.params:.3g} parameters"
-        if self.form == "N and D":
-            text += f" and {self.tokens:.3g} tokens"
-        for name, words in (("params_exponent", "parameters"), ("tokens_exponent", "tokens")):
-            if name in self.intervals:
-                low, high = self.intervals[name]
-                span = f" [{low:.2f}, {high:.2f}]" if np.isfinite(low) else ""
-                text += f", and goes as {words}^{getattr(self, name):.2f}{span}"
-        text += f" (from {self.n} optima, scatter a factor of {np.exp(self.scatter):.2f})."
-        return " ".join([text, *self.warnings])
-
-
-def learning_rate_rule(
-    frame: pd.DataFrame,
-    by: Sequence[str] = ("budget", "params_total"),
-    params: str = "params_total",
-    tokens: str = "tokens_seen",
-    rate: str = "learning_rate",
-    loss: str = "val_loss",
-) -> LearningRateRule:
-    """The optimal learning rate as a power of N and D, or of N alone where that is all that the data supports.
-
-    ``frame`` holds the runs; each group ``by`` gives one optimum (``best_learning_rate``). Optima at an edge of their
-    grid are left out, unless no others exist. D enters where there are at least six optima, log N and log D are not on
-    a line (|correlation| at most 0.95), and Akaike's criterion for few rows prefers it; N where there are at least
-    three sizes.
-    """
-    best = best_learning_rate(frame, by, rate, loss)
-    if tokens not in best:
-        best[tokens] = frame.groupby(list(by))[tokens].median().reindex(best[list(by)]).to_numpy()
-    inner = best[best.edge == ""]
-    warnings = []
-    if len(inner) < len(best):
-        warnings.append(f"{len(best) - len(inner)} of {len(best)} optima lie at the edge of the rates tried.")
-    chosen = inner if len(inner) else best
-    log_n, log_d = np.log(chosen[params].to_numpy(float)), np.log(chosen[tokens].to_numpy(float))
-    y = np.log(chosen[rate].to_numpy(float))
-    u, v, one = log_n - log_n.mean(), log_d - log_d.mean(), np.ones(len(y))
-    designs = {"constant": np.stack([one], axis=1)}
-    if len(np.unique(log_n.round(6))) >= 3:
-        designs["N"] = np.stack([one, u], axis=1)
-        if len(y) >= 6 and v.std() > 0 and abs(np.corrcoef(u, v)[0, 1]) <= 0.95:
-            designs["N and D"] = np.stack([one, u, v], axis=1)
-    else:
-        warnings.append("Fewer than three sizes have an optimum inside: the rule is one rate for all.")
-    fits = {form: (np.linalg.lstsq(X, y, rcond=None)[0], X) for form, X in designs.items()}
-    form = "N" if "N" in fits else "constant"
-    if "N and D" in fits and _aicc(y, *fits["N and D"]) < _aicc(y, *fits["N"]):
-        form = "N and D"
-    theta, X = fits[form]
-    freedom = len(y) - len(theta)
-    scatter = float(np.sqrt(((y - X @ theta) ** 2).sum() / freedom)) if freedom else 0.0
-    error = np.sqrt(np.diag(np.linalg.inv(X.T @ X))) * scatter
-    half = error * stats.t.ppf(0.5 * (1 + LEVEL), freedom) if freedom else np.full(len(theta), np.nan)
-    intervals = {"rate": (float(np.exp(theta[0] - half[0])), float(np.exp(theta[0] + half[0])))}
-    for i, name in enumerate(("params_exponent", "tokens_exponent")[: len(theta) - 1], start=1):
-        intervals[name] = (float(theta[i] - half[i]), float(theta[i] + half[i]))
-    exponents = [*(float(t) for t in theta[1:]), 0.0, 0.0]
-    return LearningRateRule(
-        form=form,
-        rate=float(np.exp(theta[0])),
-        params=float(np.exp(log_n.mean())),
-        tokens=float(np.exp(log_d.mean())),
-        params_exponent=exponents[0],
-        tokens_exponent=exponents[1],
-        intervals=intervals,
-        n=len(y),
-        edges=len(best) - len(inner),
-        scatter=scatter,
-        warnings=tuple(warnings),
-    )
-
-
-def _aicc(y: np.ndarray, theta: np.ndarray, X: np.ndarray) -> float:
-    """Akaike's criterion for few rows (Hurvich and Tsai 1989), normal errors of unknown variance."""
-    n, k = len(y), len(theta) + 1
-    return n * np.log(max(((y - X @ theta) ** 2).mean(), 1e-30)) + 2 * k + 2 * k * (k + 1) / max(n - k - 1, 1e-9)
