@@ -258,7 +258,9 @@ def test_the_smoke_study_is_whole_and_a_second_call_only_redraws_it(tmp_path):
     assert links and not [link for link in links if "://" not in link and not (results / link).exists()]
     assert str(results) not in readme and "nan" not in readme.lower()
     runs = pd.read_csv(results / "tables" / "runs.csv")
-    assert {"isoflop", "seeds", "batches", "forecast", "promised"} <= set(runs.family) and len(runs) == len(load_runs(results))
+    assert {"isoflop", "seeds", "batches", "forecast", "promised"} <= set(runs.family) and len(runs) == len(
+        load_runs(results)
+    )
     sealed = forecasts.load(results / "forecasts").iloc[0]
     record = load_runs(results).set_index("run_id").loc[sealed.run_id]
     assert pd.Timestamp(sealed.time) <= pd.Timestamp(record.started) and sealed.learning_rate == record.learning_rate

@@ -66,7 +66,10 @@ PRESETS = {
     ),
     "quick": Preset((1e11, 3.2e11, 1e12), tuned_up_to=3.2e11, repeated=(3.2e11,), batches=(1e11, 3.2e11)),
     "full": Preset(
-        (1e11, 3.2e11, 1e12, 3.2e12, 1e13, 3.2e13), threads=2, repeated=(1e12, 3.2e12), batches=(1e11, 1e12, 3.2e12),
+        (1e11, 3.2e11, 1e12, 3.2e12, 1e13, 3.2e13),
+        threads=2,
+        repeated=(1e12, 3.2e12),
+        batches=(1e11, 1e12, 3.2e12),
         promised=(1, 2, 4),
     ),
 }
