@@ -200,7 +200,7 @@ def test_plans_are_trained_and_held_to_what_they_promised_before(fitted, monkeyp
     assert table.promised.to_numpy() == pytest.approx([60, 120], rel=0.05)
     assert (table.took == 1.0).all()  # so says the made-up record
     assert table.time_off.to_numpy() == pytest.approx(100 * (1 / table.promised - 1).to_numpy(), rel=1e-6)
-    assert table.inside.all() and table.loss_off.abs().max() < 0.5  # the losses come from the law that was fitted
+    assert table.kept.all() and table.loss_off.abs().max() < 0.5  # the losses come from the law that was fitted
     monkeypatch.setattr(fitted, "speed_for", None)  # a later start keeps the promises that were made
     fitted.keep_promises()
     assert pd.read_csv(fitted.folder / "tables" / "promises.csv").equals(table)
