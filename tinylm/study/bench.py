@@ -904,7 +904,14 @@ def _measure_parity(preset: Preset, scratch: Path, say: Callable[[str], None]) -
         windows = max(1, min(1024, SHAPES[name].tokens) // SHAPES[name].max_seq_len)
         for way, (kind, path) in PARITY.items():
             say(f"parity: {name}, {way}")
-            asked = {"shape": name, "windows": windows, "rate": PARITY_RATE, "seeds": seeds, "steps": steps, "warmup": 0}
+            asked = {
+                "shape": name,
+                "windows": windows,
+                "rate": PARITY_RATE,
+                "seeds": seeds,
+                "steps": steps,
+                "warmup": 0,
+            }
             job = {**asked, "kind": kind, "threads": preset.cores, "path": path}
             with _Contender(f"{name}, {way}", job) as contender:
                 losses = contender.turn()["losses"]
