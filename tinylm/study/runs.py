@@ -25,6 +25,7 @@ import time
 import traceback
 import typing
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -608,9 +609,10 @@ def _use_home(home: str | None) -> None:
         os.environ["TINYLM_HOME"] = home
 
 
-def perform(tasks: list[Task], progress: bool = False) -> list[dict]:
+def perform(tasks: list[Task], progress: bool = False, watch: Callable[[typing.Any], None] | None = None) -> list[dict]:
     """Train tasks of one stack (see ``stack_key``) in this process, together, and write each record when its run ends;
-    what workers are sent. Returns the records in order (see ``train_run``).
+    what workers are sent. Returns the records in order (see ``train_run``). watch: is shown each ``Trainer`` before it
+    starts, for who wants to follow it or ask it to stop.
 
     Where another process trains one of the runs in the same folder, wait and take its record. A run that was asked to
     stop gives a record of status ``stopped``, which is not written. Where the stack fails as a whole, each run is tried
@@ -630,7 +632,7 @@ def perform(tasks: list[Task], progress: bool = False) -> list[dict]:
         elif todo:
             _check_machine(todo[0])
             try:
-                records |= _train(todo, folder, progress)
+                records |= _train(todo, folder, progress, watch)
             except (LabError, OSError):  # where locks do not hold: another was faster, and tidied up
                 if not all(folder.result(task.run_id) for task in todo):
                     raise
@@ -642,7 +644,7 @@ def perform(tasks: list[Task], progress: bool = False) -> list[dict]:
                     folder.clear_checkpoint(todo[0].run_id)
     for task in tasks:
         if task.run_id not in records:
-            (records[task.run_id],) = perform([task], progress)
+            (records[task.run_id],) = perform([task], progress, watch)
     return [records[task.run_id] for task in tasks]
 
 
@@ -665,7 +667,9 @@ def _check_machine(task: Task) -> None:
         )
 
 
-def _train(tasks: list[Task], folder: Folder, progress: bool) -> dict[str, dict]:
+def _train(
+    tasks: list[Task], folder: Folder, progress: bool, watch: Callable[[typing.Any], None] | None
+) -> dict[str, dict]:
     """Train tasks together; their records by run_id, those that ended written and tidied up."""
     from tinylm.checkpoint import save_model
     from tinylm.train import train_together
@@ -673,6 +677,8 @@ def _train(tasks: list[Task], folder: Folder, progress: bool) -> dict[str, dict]
     started = _now()
     records = {}
     trainers = [_trainer(task, folder, progress) for task in tasks]
+    for trainer in trainers if watch else ():
+        watch(trainer)
     task_of = {id(trainer): task for trainer, task in zip(trainers, tasks, strict=True)}
 
     def end(trainer: typing.Any, result: typing.Any) -> None:
