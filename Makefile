@@ -12,11 +12,12 @@ PY = $(VENV)/bin/python
 NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
 export TEXT PRESET MINUTES SEED ONLY
 
-.PHONY: help study lab bench test test-slow check format environment test-environment clean
+.PHONY: help study lab screenshots bench test test-slow check format environment test-environment clean
 
 help:
 	@echo 'make study      measure the scaling law of a text: TEXT=path or name, PRESET=smoke|quick|full, MINUTES=, SEED='
 	@echo 'make lab        open the labs in JupyterLab, on this machine only'
+	@echo 'make screenshots  open every lab in a browser, play, and keep its picture in labs/pictures'
 	@echo 'make bench      measure speed on this idle machine: ONLY=training,sweep PRESET=smoke|full FORCE=1'
 	@echo 'make test       the quick tests (make test-slow: the others)'
 	@echo 'make check      format and lint (make format: mend both)'
@@ -30,6 +31,9 @@ study: environment
 
 lab: environment
 	JUPYTER_PREFER_ENV_PATH=1 $(PY) -m jupyterlab --ip=127.0.0.1 --notebook-dir=labs
+
+screenshots: test-environment
+	TINYLM_SCREENSHOTS=labs/pictures $(PY) -m pytest tests/test_labs_browser.py
 
 bench: test-environment
 	$(PY) -m tinylm bench $(if $(ONLY),--only "$$ONLY") $(if $(PRESET),--preset "$$PRESET") $(if $(FORCE),--force)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -47,6 +48,17 @@ class Lab:
         except (urllib.error.URLError, OSError):  # refused while it starts; /api/kernels may answer 500 once
             return None
 
+    def end_kernels(self) -> None:
+        """End what earlier notebooks left running, so that labs do not share the machine."""
+        for session in self.ask("/api/sessions") or []:
+            request = urllib.request.Request(
+                f"{self.url}/api/sessions/{session['id']}",
+                headers={"Authorization": f"token {self.token}"},
+                method="DELETE",
+            )
+            with contextlib.suppress(urllib.error.URLError, OSError):
+                urllib.request.urlopen(request, timeout=10).close()
+
 
 def until(holds, seconds: float, what: str) -> object:
     end = time.monotonic() + seconds
@@ -63,6 +75,11 @@ def lab(tmp_path_factory) -> Iterator[Lab]:
     home = tmp_path_factory.mktemp("jupyter")
     work = home / "a folder elsewhere"
     shutil.copytree(LABS, work, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    for path in work.glob("*.ipynb"):  # what is trained here is kept here, and always trained anew
+        source = path.read_text(encoding="utf-8")
+        for panel in ("training", "ablations", "text"):
+            source = source.replace(f"widgets.{panel}_panel()", f"widgets.{panel}_panel(results_dir='{home / panel}')")
+        path.write_text(source, encoding="utf-8")
     folders = {f"JUPYTER_{name}_DIR": str(home / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
     folders |= {f"JUPYTERLAB_{name}_DIR": str(home / name.lower()) for name in ("SETTINGS", "WORKSPACES")}
     folders |= {"IPYTHONDIR": str(home / "ipython"), "MPLCONFIGDIR": str(home / "matplotlib")}
@@ -119,19 +136,56 @@ def page(tmp_path):
 
 
 def run_all(lab: Lab, page, name: str) -> None:
-    """Open a notebook, wait for its kernel and press Run All Cells."""
-    page.goto(f"{lab.url}/lab/tree/{name}.ipynb?token={lab.token}")
-    until(lambda: any(k["execution_state"] == "idle" for k in lab.ask("/api/kernels") or []), 60, "a kernel")
+    """Open a notebook in a workspace of its own, wait for its kernel and press Run All Cells."""
+    lab.end_kernels()
+    page.goto(f"{lab.url}/lab/workspaces/{name}/tree/{name}.ipynb?token={lab.token}&reset")
+
+    def own_kernel() -> bool:
+        sessions = [s for s in lab.ask("/api/sessions") or [] if s["path"] == f"{name}.ipynb" and s["kernel"]]
+        return any(session["kernel"]["execution_state"] == "idle" for session in sessions)
+
+    until(own_kernel, 90, "a kernel")
     page.get_by_text("| Idle").wait_for(timeout=60_000)
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    prompts = page.locator(".jp-InputPrompt")
+
+    def begun() -> bool:
+        return any("*" in text or any(c.isdigit() for c in text) for text in prompts.all_inner_texts())
+
+    for _ in range(3):  # a press may come before the page has taken up its kernel, and is then lost
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        end = time.monotonic() + 10
+        while time.monotonic() < end and not begun():
+            time.sleep(0.1)
+        if begun():
+            return
+    raise AssertionError("no cell began to run")
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """Where pictures of the labs are kept: $TINYLM_SCREENSHOTS (see ``make screenshots``), else a folder of the test's."""
+    folder = Path(os.environ.get("TINYLM_SCREENSHOTS") or tmp_path).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def keep_picture(page, panel, path: Path) -> None:
+    panel.scroll_into_view_if_needed()
+    page.wait_for_timeout(300)  # fonts and pictures settle
+    panel.screenshot(path=str(path))
+    print(f"\nscreenshot: {path}")
+
+
+def panel_of(page, part):
+    return page.locator(".jp-OutputArea-output", has=part)
 
 
 def errors_of(page) -> list[str]:
     return page.locator("[data-mime-type='application/vnd.jupyter.error']").all_inner_texts()
 
 
-def test_generation_lab(lab, page, tmp_path):
+def test_generation_lab(lab, page, pictures):
     run_all(lab, page, "01_generation")
     generate, stop = (page.locator(".widget-button", has_text=name) for name in ("Generate", "Stop"))
     until(lambda: generate.count() or errors_of(page), 120, "the panel (a model may have to be trained first)")
@@ -157,9 +211,7 @@ def test_generation_lab(lab, page, tmp_path):
     spans = text.locator("span[title]")
     assert spans.count() > 150 and "likeliest: " in spans.nth(5).get_attribute("title")
     assert len({spans.nth(n).get_attribute("style") for n in range(20)}) > 5
-    panel = page.locator(".jp-OutputArea-output", has=text)
-    panel.scroll_into_view_if_needed()
-    panel.screenshot(path=str(tmp_path / "01_generation.png"))
+    keep_picture(page, panel_of(page, text), pictures / "01_generation.png")
 
     # A long text is stopped: at once, and the panel is ready for the next.
     length = page.locator(".noUi-handle").nth(4)
@@ -184,4 +236,147 @@ def test_generation_lab(lab, page, tmp_path):
     generate.click()
     until(lambda: status.inner_text().startswith("done: 200 tokens"), 30, "200 tokens of the new panel")
     assert not errors_of(page)
-    print(f"\nscreenshot: {tmp_path / '01_generation.png'}")
+
+
+def button_of(page, name: str):
+    return page.locator(".widget-button", has_text=name)
+
+
+def test_training_lab(lab, page, pictures):
+    run_all(lab, page, "02_train_live")
+    train, pause, resume, stop = (button_of(page, name) for name in ("Train", "Pause", "Resume", "Stop"))
+    until(lambda: train.count() or errors_of(page), 60, "the panel")
+    assert not errors_of(page)
+    facts, status, picture = (
+        page.locator(".tinylm-facts"),
+        page.locator(".tinylm-status"),
+        page.locator(".widget-image"),
+    )
+    until(lambda: picture.count() and "parameters" in facts.inner_text(), 10, "the costs, and a first picture")
+    until(lambda: "on this machine" in facts.inner_text(), 60, "the expected time")
+
+    # A knob moved by keys changes what the run will cost.
+    before, layers = facts.inner_text(), page.locator(".noUi-handle").nth(1)
+    layers.focus()
+    layers.press("ArrowRight")
+    until(lambda: facts.inner_text() != before, 5, "the costs to follow a knob")
+    layers.press("ArrowLeft")
+
+    # The curve grows and samples appear while the kernel answers; Pause and Resume keep the place.
+    src = picture.get_attribute("src")
+    train.click()
+    until(lambda: "step" in status.inner_text(), 30, "the training to begin")
+    until(
+        lambda: picture.get_attribute("src") != src and page.locator(".tinylm-samples").count(), 60, "a curve, a sample"
+    )
+    pause.click()
+    until(lambda: "paus" in status.inner_text(), 1, "Pause to be acknowledged")
+    until(lambda: status.inner_text().startswith("paused after"), 10, "the run to pause")
+    page.get_by_text("frame = runs.load_runs").first.click()
+    page.keyboard.press("Shift+Enter")
+    resume.click()
+    until(lambda: "val_loss" in status.inner_text(), 120, "the run to end")
+    assert "step" in page.locator(".tinylm-samples").inner_text()
+    page.wait_for_timeout(1000)
+    keep_picture(page, panel_of(page, facts), pictures / "02_train_live.png")
+
+    # A long run is stopped: acknowledged at once, done at the next step.
+    page.get_by_role("tab", name="The training").click()
+    steps = page.locator(".widget-inline-hbox", has_text="max_steps (steps)").locator(".noUi-handle").first
+    steps.focus()
+    steps.press("End")
+    train.click()
+    until(lambda: status.inner_text().startswith("step"), 30, "the long run to begin")
+    stop.click()
+    until(lambda: "stop" in status.inner_text(), 1, "Stop to be acknowledged")
+    until(lambda: status.inner_text().startswith("stopped after"), 10, "the run to end")
+    assert train.is_enabled() and stop.is_disabled()
+
+    # The cell run again while it trains: one panel, and the trainer of the old one ends.
+    train.click()
+    until(lambda: status.inner_text().startswith("step"), 30, "a run to begin")
+    page.get_by_text("widgets.training_panel(").click()
+    page.keyboard.press("Shift+Enter")
+    until(lambda: train.count() == 1 and train.is_enabled() and not status.count(), 30, "a fresh panel")
+    assert not errors_of(page)
+
+
+def test_inside_lab(lab, page, pictures):
+    run_all(lab, page, "04_inside_the_model")
+    view, picture = page.locator(".tinylm-view"), page.locator(".widget-image")
+    until(lambda: picture.count() or errors_of(page), 120, "the panel (a model may have to be trained first)")
+    seen = {picture.get_attribute("src")}
+    for name in ("all heads", "loss by position", "positions", "KV cache", "logit lens", "attention"):
+        before = picture.get_attribute("src")
+        page.get_by_role("button", name=name, exact=True).click()
+        until(lambda before=before: picture.get_attribute("src") != before, 20, f"the picture of {name}")
+        seen.add(picture.get_attribute("src"))
+    assert len(seen) >= 6
+    before, head = picture.get_attribute("src"), page.locator(".noUi-handle").nth(1)
+    head.focus()
+    head.press("ArrowRight")
+    until(lambda: picture.get_attribute("src") != before, 10, "another head")
+    keep_picture(page, panel_of(page, view), pictures / "04_inside_the_model.png")
+    assert not errors_of(page)
+
+
+def test_laws_lab(lab, page, pictures):
+    run_all(lab, page, "05_read_the_laws")
+    plan, picture = page.locator(".tinylm-plan"), page.locator(".widget-image")
+    until(lambda: plan.count() or errors_of(page), 180, "the panel (small runs may have to be trained first)")
+    until(lambda: page.locator(".tinylm-doctor").count(), 60, "the doctor")
+    before, words = picture.get_attribute("src"), plan.inner_text()
+    page.get_by_text("use one learning rate for all sizes").last.click()
+    until(lambda: picture.get_attribute("src") != before and "mistakes cost" in plan.inner_text(), 30, "the walk")
+    page.wait_for_timeout(3000)  # the doctor's words follow
+    keep_picture(page, panel_of(page, plan), pictures / "05_read_the_laws.png")
+    words, budget = plan.inner_text(), page.locator(".noUi-handle").first
+    budget.focus()
+    budget.press("End")
+    until(lambda: plan.inner_text() != words and "far beyond" in plan.inner_text(), 30, "the plan to follow the budget")
+    assert not errors_of(page)
+
+
+def test_ablations_lab(lab, page, pictures):
+    run_all(lab, page, "03_ablations_side_by_side")
+    train, stop = (button_of(page, name) for name in ("Train and speak", "Stop"))
+    until(lambda: train.count() or errors_of(page), 60, "the panel")
+    status, texts = page.locator(".tinylm-status"), page.locator(".tinylm-text")
+    assert page.locator(".tinylm-known").count() == 1
+    tokens = page.locator(".noUi-handle").first
+    tokens.focus()
+    for _ in range(3):
+        tokens.press("ArrowLeft")  # a tenth of a decade each
+    train.click()
+    until(lambda: "training 1 of 2" in status.inner_text(), 30, "the first training")
+    until(lambda: status.inner_text().startswith("done:"), 150, "both models to have spoken")
+    assert texts.count() == 2 and texts.nth(0).inner_text() != texts.nth(1).inner_text()
+    page.wait_for_timeout(1000)
+    keep_picture(page, panel_of(page, train), pictures / "03_ablations_side_by_side.png")
+    tokens.focus()
+    tokens.press("End")
+    train.click()
+    until(lambda: "step" in status.inner_text() or "training" in status.inner_text(), 30, "a long training")
+    stop.click()
+    until(lambda: "stop" in status.inner_text(), 1, "Stop to be acknowledged")
+    until(lambda: status.inner_text().startswith("stopped while"), 20, "the training to end")
+    assert not errors_of(page)
+
+
+def test_own_text_lab(lab, page, pictures):
+    run_all(lab, page, "06_your_text")
+    until(lambda: page.locator(".tinylm-plan").count() or errors_of(page), 60, "the panel")
+    plan, status, train = page.locator(".tinylm-plan"), page.locator(".tinylm-status").first, button_of(page, "Train")
+    until(lambda: "The plan: " in plan.inner_text(), 120, "the look at the text, and a plan")
+    assert "LZMA packs it to" in page.locator(".tinylm-quality").inner_text()
+    before, minutes = plan.inner_text(), page.locator(".noUi-handle").nth(1)
+    minutes.focus()
+    minutes.press("Home")
+    until(lambda: plan.inner_text() != before, 5, "the plan to follow the time")
+    until(train.is_enabled, 20, "the plan to stand")
+    train.click()
+    until(lambda: "the model speaks below" in status.inner_text(), 120, "the model")
+    until(lambda: "done: 200 tokens" in page.locator(".tinylm-status").nth(1).inner_text(), 60, "200 tokens")
+    page.wait_for_timeout(1000)
+    keep_picture(page, panel_of(page, train), pictures / "06_your_text.png")
+    assert not errors_of(page)

@@ -20,6 +20,7 @@ from tinylm.config import GenerateConfig, ModelConfig
 from tinylm.generate import STAGES, TokenOut, filter_logits, generate
 from tinylm.model import TinyLM
 from tinylm.tokenizer import Tokenizer
+from tinylm.widgets import generation, models, shared
 
 PNG = b"\x89PNG\r\n\x1a\n"
 TOKENIZER = Tokenizer.train([], "byte", 256)
@@ -70,6 +71,19 @@ def test_the_button_writes_what_the_controls_say(panel):
     assert words(panel.text) == "to be" + generate(panel.model, TOKENIZER, "to be", config).text
     assert re.fullmatch(r"done: 50 tokens in [\d.]+ s, [\d,]+ tokens/s", words(panel.status))
     assert not panel.generate_button.disabled and panel.stop_button.disabled
+
+
+def test_several_samples_stand_side_by_side_each_of_its_own_seed(panel):
+    panel.samples.value, panel.max_new_tokens.value, panel.seed.value = 3, 20, 5
+    panel.start()
+    assert panel.wait(20) and words(panel.status).startswith("done: 60 tokens")
+    pages = re.findall(r"<div class='tinylm-text'[^>]*>(.*?)</div>", panel.text.value, re.DOTALL)
+    texts = [html.unescape(re.sub(r"<[^>]*>", "", page)) for page in pages]
+    config = panel.config
+    assert texts == [
+        "to be" + generate(panel.model, TOKENIZER, "to be", config.replace(seed=5 + n)).text for n in range(3)
+    ]
+    assert len(set(texts)) == 3
 
 
 def test_controls_start_at_the_defaults(panel):
@@ -160,7 +174,7 @@ def test_the_figure_follows_each_filter_and_the_prompt(panel):
 def test_a_dragged_slider_skips_pictures_but_not_the_last(panel, monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        widgets, "draw_filters", lambda stages, config, piece: (time.sleep(0.02), drawn.append(config))[0]
+        generation, "draw_filters", lambda stages, config, piece: (time.sleep(0.02), drawn.append(config))[0]
     )
     for step in range(40):
         panel.temperature.value = step / 20
@@ -173,7 +187,7 @@ def test_a_dragged_slider_skips_pictures_but_not_the_last(panel, monkeypatch):
 def notebook(monkeypatch):
     """Pretend to be in a notebook: (cell id, number of its run)."""
     place = ["a", 1]
-    monkeypatch.setattr(widgets, "_cell", lambda: tuple(place))
+    monkeypatch.setattr(shared, "running_cell", lambda: tuple(place))
     return place
 
 
@@ -219,12 +233,12 @@ def strength(span):
 
 
 def test_the_less_likely_the_stronger():
-    strengths = [strength(widgets._span([token("x", p)])) for p in (1.0, 0.5, 0.1, 0.01, 0.001, 0.0)]
+    strengths = [strength(generation._span([token("x", p)])) for p in (1.0, 0.5, 0.1, 0.01, 0.001, 0.0)]
     assert strengths[0] == 0 and strengths == sorted(strengths) and strengths[-1] == strengths[-2] == 0.65
 
 
 def test_a_token_tells_its_alternatives_and_cannot_break_the_page():
-    span = widgets._span([token('<b a="1">&', 0.25, (1, "▁the", 0.5), (2, '"<0x0A>', 0.0123))])
+    span = generation._span([token('<b a="1">&', 0.25, (1, "▁the", 0.5), (2, '"<0x0A>', 0.0123))])
     title = html.unescape(re.search(r'title="([^"]*)"', span)[1])
     assert title == '25 %\nlikeliest: ␣the 50 %, "⏎ 1.2 %'
     assert html.unescape(re.sub(r"<[^>]*>", "", span)) == '<b a="1">&'
@@ -232,7 +246,7 @@ def test_a_token_tells_its_alternatives_and_cannot_break_the_page():
 
 
 def test_the_bytes_of_a_character_are_one_span():
-    span = widgets._span([token("", 0.5), token("é", 0.5)])
+    span = generation._span([token("", 0.5), token("é", 0.5)])
     assert "25 % (2 tokens for this character)" in span and span.endswith(">é</span>")
 
 
@@ -247,7 +261,7 @@ def test_the_figure_copes_with_any_vocabulary():
 
 
 def test_the_best_model_is_found_in_ones_own_results_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(widgets, "repository", lambda: tmp_path)
+    monkeypatch.setattr(models, "repository", lambda: tmp_path)
     assert widgets.find_model() is None
     reference = tmp_path / "results" / "quickstart" / "models"
     own = tmp_path / "results" / "local" / "quickstart" / "models"
@@ -261,7 +275,7 @@ def test_the_best_model_is_found_in_ones_own_results_first(tmp_path, monkeypatch
 
 
 def test_load_or_train_loads_what_is_there(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(widgets, "repository", lambda: tmp_path)
+    monkeypatch.setattr(models, "repository", lambda: tmp_path)
     path = tmp_path / "results" / "quickstart" / "models" / "best.safetensors"
     save_model(path, small(seed=3), TOKENIZER, {"val_loss": 2.5, "text": "verse"})
     model, tokenizer = widgets.load_or_train()
@@ -271,12 +285,12 @@ def test_load_or_train_loads_what_is_there(tmp_path, monkeypatch, capsys):
 
 
 def test_with_no_model_at_all_a_small_one_is_trained_once(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(widgets, "repository", lambda: tmp_path)
+    monkeypatch.setattr(models, "repository", lambda: tmp_path)
     model, tokenizer = widgets.load_or_train(seconds=1.0)
     assert "for about 1 s" in capsys.readouterr().out
     text = generate(model, tokenizer, "The value", GenerateConfig(temperature=0.0, max_new_tokens=20))
     assert np.mean(text.log_probs) > -5  # an even guess among 512 tokens has -6.2
-    monkeypatch.setattr(widgets, "Trainer", None)
+    monkeypatch.setattr(models, "Trainer", None)
     again, _ = widgets.load_or_train(seconds=1.0)
     assert "earlier visit" in capsys.readouterr().out
     assert torch.equal(again.embedding.weight, model.embedding.weight)

@@ -25,6 +25,7 @@ import time
 import traceback
 import typing
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -637,9 +638,15 @@ def _use_home(home: str | None) -> None:
         os.environ["TINYLM_HOME"] = home
 
 
-def perform(tasks: list[Task], progress: bool = False, ranks: Ranks = ALONE) -> list[dict]:
+def perform(
+    tasks: list[Task],
+    progress: bool = False,
+    ranks: Ranks = ALONE,
+    watch: Callable[[typing.Any], None] | None = None,
+) -> list[dict]:
     """Train tasks of one stack (see ``stack_key``) in this process, together, and write each record when its run ends;
-    what workers are sent. Returns the records in order (see ``train_run``).
+    what workers are sent. Returns the records in order (see ``train_run``). watch: is shown each ``Trainer`` before it
+    starts, for who wants to follow it or ask it to stop.
 
     Where another process trains one of the runs in the same folder, wait and take its record. A run that was asked to
     stop gives a record of status ``stopped``, which is not written. Where the stack fails as a whole, each run is tried
@@ -659,7 +666,7 @@ def perform(tasks: list[Task], progress: bool = False, ranks: Ranks = ALONE) -> 
         elif todo:
             _check_machine(todo[0])
             try:
-                records |= _train(todo, folder, progress, ranks)
+                records |= _train(todo, folder, progress, ranks, watch)
             except (LabError, OSError):  # where locks do not hold: another was faster, and tidied up
                 if not all(folder.result(task.run_id) for task in todo):
                     raise
@@ -671,7 +678,7 @@ def perform(tasks: list[Task], progress: bool = False, ranks: Ranks = ALONE) -> 
                     folder.clear_checkpoint(todo[0].run_id)
     for task in tasks:
         if task.run_id not in records:
-            (records[task.run_id],) = perform([task], progress, ranks)
+            (records[task.run_id],) = perform([task], progress, ranks, watch)
     return [records[task.run_id] for task in tasks]
 
 
@@ -694,7 +701,13 @@ def _check_machine(task: Task) -> None:
         )
 
 
-def _train(tasks: list[Task], folder: Folder, progress: bool, ranks: Ranks = ALONE) -> dict[str, dict]:
+def _train(
+    tasks: list[Task],
+    folder: Folder,
+    progress: bool,
+    ranks: Ranks = ALONE,
+    watch: Callable[[typing.Any], None] | None = None,
+) -> dict[str, dict]:
     """Train tasks together; their records by run_id, those that ended written and tidied up."""
     from tinylm.checkpoint import save_model
     from tinylm.train import train_together
@@ -703,6 +716,8 @@ def _train(tasks: list[Task], folder: Folder, progress: bool, ranks: Ranks = ALO
     records = {}
     ranks.tell({**dataclasses.asdict(tasks[0]), "run": tasks[0].run.to_dict()} if ranks.size > 1 else None)
     trainers = [_trainer(task, folder, progress, ranks) for task in tasks]
+    for trainer in trainers if watch else ():
+        watch(trainer)
     task_of = {id(trainer): task for trainer, task in zip(trainers, tasks, strict=True)}
 
     def end(trainer: typing.Any, result: typing.Any) -> None:

@@ -1,0 +1,103 @@
+"""Variants side by side, without a browser, and what they are worth in compute."""
+
+from __future__ import annotations
+
+import html
+import re
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tinylm import widgets
+from tinylm.errors import LabError
+from tinylm.study import multipliers, runs
+from tinylm.study.parameters import repository
+from tinylm.study.scaling import fit_power
+from tinylm.widgets.ablations import VARIANTS
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def words(widget):
+    return html.unescape(re.sub(r"<[^>]*>", " ", widget.value))
+
+
+@pytest.fixture
+def panel(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(Path(widgets.own_manual()).read_text()[:150_000])
+    made = widgets.ablations_panel(text, tmp_path / "runs")
+    made.tokens.value = 1e4
+    yield made
+    made.close()
+    assert made.wait(20)
+
+
+def test_runs_differ_in_one_line_and_nothing_else(panel):
+    base = panel.runs["the recipe"]
+    panel.chosen.value = [name for name in VARIANTS][:4]
+    for name, run in panel.runs.items():
+        assert run.train == base.train and run.data == base.data
+        assert run.model == base.model.replace(**VARIANTS[name])
+
+
+def test_too_few_or_too_many_cannot_be_trained_and_it_says_why(panel):
+    panel.chosen.value = ["no positions"]
+    assert panel.train_button.disabled and "two to four" in words(panel.status)
+    panel.start()
+    assert not panel.is_running
+    panel.chosen.value = list(VARIANTS)
+    assert len(panel.chosen.value) == 4 and "At most 4" in words(panel.status) and not panel.train_button.disabled
+
+
+def test_variants_are_trained_recorded_and_speak_side_by_side(panel):
+    before = bytes(panel.picture.value)
+    assert before.startswith(PNG) and panel.speak_button.disabled
+    panel.train_button.click()
+    assert panel.wait(60) and words(panel.status).startswith(" done:"), words(panel.status)
+    end = time.monotonic() + 10
+    while panel._drawer is not None and time.monotonic() < end:
+        time.sleep(0.02)
+    assert bytes(panel.picture.value) != before
+    frame = runs.load_runs(panel.results_dir)
+    assert sorted(frame["label"]) == ["no positions", "the recipe"] and frame["val_loss"].notna().all()
+    assert panel.text.value.count("tinylm-text") == 2 and "no positions" in words(panel.text)
+    first = words(panel.text)
+    panel.speak_button.click()
+    assert panel.wait(20) and words(panel.text) == first  # the same seed, the same words
+    panel.seed.value = 1
+    panel.speak()
+    assert panel.wait(20) and words(panel.text) != first
+
+
+def test_stop_ends_a_training(panel):
+    panel.tokens.value = 1e7
+    panel.start()
+    end = time.monotonic() + 20
+    while not any(live.trainer for live in panel.lives.values()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    panel.stop_button.click()
+    assert words(panel.status).strip() == "stopping …"
+    assert panel.wait(10) and "stopped while training the recipe" in words(panel.status)
+    assert not list(panel.results_dir.rglob("*.safetensors"))
+
+
+def test_a_multiplier_is_the_compute_that_the_law_gives():
+    compute = [1e10, 3e10, 1e11, 3e11]
+    law = fit_power(compute, [10 * c**-0.05 for c in compute], bootstrap=0)
+    worth = multipliers.compute_multiplier(law, 10 * 1e11**-0.05, 10 * 5e10**-0.05)
+    assert worth == pytest.approx(0.5, rel=1e-3)  # as good as the baseline with half the compute
+    with pytest.raises(LabError, match="without a floor"):
+        multipliers.compute_multiplier(fit_power(compute, [3, 2, 1.6, 1.5], floor=True, bootstrap=0), 3, 2)
+
+
+def test_what_studies_measured_stands_beside_it(panel):
+    folder = repository() / "results" / "recipe"
+    found = multipliers.variants(runs.load_runs(folder))
+    assert {"the recipe", "fixed init"} <= set(found["variant"])
+    assert "fixed init" in words(panel.known) and "compute multiplier" in words(panel.known)
+    with pytest.raises(LabError, match="baseline"):
+        multipliers.variants(pd.DataFrame({"variant": ["x"]}))

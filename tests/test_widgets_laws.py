@@ -1,0 +1,105 @@
+"""The laws panel without a browser: what it reads, what the mistakes change, and the plan."""
+
+from __future__ import annotations
+
+import html
+import re
+import time
+
+import pytest
+
+from tinylm import widgets
+from tinylm.errors import LabError
+from tinylm.study import mistakes
+from tinylm.study.parameters import repository
+from tinylm.widgets import laws, live, models
+
+REFERENCE = repository() / "results" / "quickstart"
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def words(widget):
+    return html.unescape(re.sub(r"<[^>]*>", " ", widget.value))
+
+
+def until(holds, seconds=30.0):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def panel():
+    made = widgets.laws_panel(REFERENCE)
+    until(lambda: made._drawer is None)
+    yield made
+    made.close()
+
+
+def test_it_opens_with_a_picture_a_plan_and_the_doctors_words(panel):
+    assert bytes(panel.picture.value).startswith(PNG) and "image/png" in panel._repr_mimebundle_()
+    assert "runs of quickstart" in words(panel.about)
+    assert re.search(r"For [\d.]+\w? FLOPs: .+ parameters on .+ tokens", words(panel.plan)) and "Price: " in words(
+        panel.plan
+    )
+    assert "L = E + A / N^alpha + B / D^beta" in words(panel.words)
+    assert not any(toggle.disabled for toggle in panel.toggles.values())
+
+
+def test_a_mistake_changes_figure_words_and_plan(panel):
+    before = bytes(panel.picture.value), words(panel.words), panel.reading.a
+    panel.toggles["one rate"].value = True
+    until(lambda: panel._drawer is None and panel.reading.mistakes == ("one rate",))
+    assert bytes(panel.picture.value) != before[0] and words(panel.words) != before[1]
+    assert panel.reading.a == mistakes.read(panel.frame, ["one rate"]).a != before[2]
+    assert "the mistakes cost" in words(panel.plan)
+    panel.toggles["one rate"].value = False
+    until(lambda: panel._drawer is None and panel.reading.mistakes == ())
+    assert panel.reading.a == before[2]
+
+
+def test_the_budget_moves_the_plan(panel):
+    before = words(panel.plan)
+    panel.budget.value = 10**panel.budget.max
+    until(lambda: panel._drawer is None)
+    assert words(panel.plan) != before and "far beyond the evidence" in words(panel.plan)
+
+
+def test_a_table_of_other_names_is_read_and_told_what_it_lacks(panel, tmp_path):
+    rows = [f"{n},{d},{2 + 30 / n**0.4 + 60 / d**0.4:.5f}" for n in (1e4, 3e4, 9e4) for d in (1e6, 3e6, 9e6)]
+    path = tmp_path / "mine.csv"
+    path.write_text("\n".join(["size,length,loss", *rows]))
+    with pytest.raises(LabError, match="params_total"):
+        laws.load_runs(path)
+    other = widgets.laws_panel(path, {"params": "size", "tokens": "length", "loss": "loss"})
+    until(lambda: other._drawer is None)
+    assert "9 rows" in words(other.about) and bytes(other.picture.value).startswith(PNG)
+    assert all(toggle.disabled for toggle in other.toggles.values())
+    assert "no curves, only final losses" in words(other.reasons)
+    assert other.reading.fit.params["alpha"] == pytest.approx(0.4, abs=0.05)
+    other.load("nothing of that name")
+    assert "Way out" in words(other.status) and other.frame is not None  # what was there stays
+    other.close()
+
+
+def test_columns_are_read_from_one_line():
+    assert laws._columns_of("params=N, tokens = D ,loss=L") == {"params": "N", "tokens": "D", "loss": "L"}
+    assert laws._columns_of("") is None
+
+
+def test_with_no_results_at_all_small_runs_are_trained_and_can_be_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "repository", lambda: tmp_path)
+    monkeypatch.setattr(live, "repository", lambda: tmp_path)
+    monkeypatch.setattr(laws, "SMALL_BUDGETS", (2e8, 6e8))
+    made = widgets.laws_panel()
+    assert made.is_running
+    until(lambda: "small ones are trained" in words(made.status))
+    made.stop_button.click()
+    assert made.wait(20) and "stopped after" in words(made.status)
+    made.load()
+    assert made.wait(60)
+    until(lambda: made._drawer is None)
+    assert made.frame is not None, words(made.status)
+    assert "small runs on Python's own manual" in words(made.about) and bytes(made.picture.value).startswith(PNG)
+    made.close()

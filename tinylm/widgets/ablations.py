@@ -1,0 +1,271 @@
+"""Variants of one model side by side: trained on the same batches, speaking from the same prompt and seed."""
+
+from __future__ import annotations
+
+import html
+import json
+from pathlib import Path
+
+import ipywidgets
+import numpy as np
+from matplotlib import ticker
+from matplotlib.figure import Figure
+
+from tinylm import counts
+from tinylm.config import DataConfig, GenerateConfig
+from tinylm.errors import LabError
+from tinylm.generate import stream
+from tinylm.study import runs
+from tinylm.study.design import Recipe
+from tinylm.study.multipliers import variants as compare_variants
+from tinylm.study.planner import Evidence
+from tinylm.study.runs import Run
+from tinylm.widgets.generation import side_by_side, write_together
+from tinylm.widgets.live import PLAIN, LiveRun, labs_folder
+from tinylm.widgets.models import own_manual, study_folders
+from tinylm.widgets.shared import (
+    COLOURS,
+    GREY,
+    SMALL,
+    Panel,
+    beside,
+    button,
+    draw_curve,
+    grid,
+    knob,
+    log_x,
+    place,
+    png,
+    table,
+)
+from tinylm.words import quantity
+
+# Each differs from the recipe in one visible line.
+VARIANTS = {
+    "the recipe": {},
+    "learned positions": {"position": "learned"},
+    "sinusoidal positions": {"position": "sinusoidal"},
+    "no positions": {"position": "none"},
+    "ReLU instead of SwiGLU": {"mlp": "relu"},
+    "GELU instead of SwiGLU": {"mlp": "gelu"},
+    "LayerNorm instead of RMSNorm": {"norm": "layernorm"},
+    "post-norm instead of pre-norm": {"norm_position": "post"},
+    "one key-value head for all": {"num_kv_heads": 1},
+    "untied embeddings": {"tie_embeddings": False},
+    "fixed init": {"init": "fixed"},
+}
+MOST = 4  # texts that fit beside each other
+
+
+def ablations_panel(text: str | Path | None = None, results_dir: str | Path | None = None) -> AblationsPanel:
+    """Pick two to four variants, train each for the same tokens on the same batches, and hear them side by side.
+
+    text: a name or a path; None is Python's own manual. results_dir: where the runs are recorded; None is
+    results/local/labs. What studies in results/ have measured of variants stands beside it, in multiples of compute.
+    """
+    text = own_manual() if text is None else str(text)
+    return place(AblationsPanel, text, labs_folder() if results_dir is None else Path(results_dir), same=text)
+
+
+class AblationsPanel(Panel):
+    """What ``ablations_panel`` gives. ``start()`` trains and lets speak, ``speak()`` only speaks, ``stop()`` ends either."""
+
+    def __init__(self, text: str, results_dir: Path):
+        super().__init__(same=text)
+        self.text_path, self.results_dir = text, results_dir
+        self.lives: dict[str, LiveRun] = {}
+        self.chosen = ipywidgets.SelectMultiple(
+            options=list(VARIANTS), value=["the recipe", "no positions"], description="variants", rows=8,
+            style={"description_width": "60px"}, layout={"width": "auto"},
+        )  # fmt: skip
+        self.tokens = knob(
+            ipywidgets.FloatLogSlider, "tokens", "of training, for each", "of training", 130,
+            min=4, max=7.5, step=0.1, value=2e5, readout_format=".2g",
+        )  # fmt: skip
+        self.vocab_size = knob(
+            ipywidgets.SelectionSlider, "vocab_size", "different tokens of the tokenizer", "tokens",
+            options=(320, 512, 1024, 2048), value=512,
+        )  # fmt: skip
+        self.seed = knob(
+            ipywidgets.BoundedIntText, "seed", "of weights, batches and texts", value=0, min=0, max=2**31 - 1
+        )
+        self.temperature = knob(
+            ipywidgets.FloatSlider,
+            "temperature",
+            "0 always takes the likeliest token",
+            value=0.8,
+            min=0,
+            max=2,
+            step=0.05,
+        )
+        self.prompt = knob(ipywidgets.Text, "prompt", "what every text begins with", value="The")
+        self.train_button = button("Train and speak", "play", primary=True)
+        self.speak_button = button("Speak again", "comment", disabled=True)
+        self.stop_button = button("Stop", "stop", disabled=True)
+        self.facts, self.text, self.known = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML()
+        self.train_button.on_click(lambda _: self.start())
+        self.speak_button.on_click(lambda _: self.speak())
+        self.stop_button.on_click(lambda _: self.stop())
+        for control in (self.chosen, self.tokens, self.vocab_size, self.seed):
+            control.observe(self._changed, "value")
+        self.children = [
+            self.chosen,
+            grid([self.tokens, self.vocab_size, self.seed, self.temperature, self.prompt]),
+            self.facts,
+            beside(self.train_button, self.speak_button, self.stop_button, self.status),
+            self.text,
+            self.shown_picture(),
+            self.known,
+        ]
+        self.ready(True)
+        self._changed()
+        self.known.value = _known_variants()
+        self._try_to_draw()
+
+    @property
+    def runs(self) -> dict[str, Run]:
+        """The runs that the controls ask for, by the variant's name: alike in all else, so that differences are paired."""
+        recipe, found = Recipe(), {}
+        base = recipe.model((64, 2, 4), self.vocab_size.value)
+        rate = recipe.learning_rate(counts.parameters(base)["total"])
+        for name in self.chosen.value:
+            model = base.replace(**VARIANTS[name])
+            train = recipe.train(
+                base, float(f"{self.tokens.value:.2g}"), rate, self.seed.value, batch_size=4, eval_tokens=32768, **PLAIN
+            )
+            found[name] = Run(model, train, DataConfig(self.text_path), {"label": name})
+        return found
+
+    def _changed(self, _change: object = None) -> None:
+        if len(self.chosen.value) > MOST:
+            self.chosen.value = self.chosen.value[:MOST]
+            self._say(f"At most {MOST} variants fit side by side: the first {MOST} are kept.")
+            return
+        wanted = self.runs
+        rows = [
+            (name, f"{counts.parameters(run.model)['total']:,}", quantity(run.flops), run.train.max_steps)
+            for name, run in wanted.items()
+        ]
+        self.facts.value = table(("variant", "parameters", "FLOPs", "steps"), rows)
+        if len(wanted) < 2 and not self.is_running:
+            self._say("Pick two to four variants: a comparison needs something to compare with.")
+        self.train_button.disabled = self.is_running or len(wanted) < 2
+
+    def ready(self, is_ready: bool) -> None:
+        self.train_button.disabled = not is_ready or len(self.chosen.value) < 2
+        self.speak_button.disabled = not is_ready or not self._speakers()
+        self.stop_button.disabled = is_ready
+
+    def _speakers(self) -> dict[str, LiveRun]:
+        return {name: live for name, live in self.lives.items() if live.record and live.record.get("model_file")}
+
+    def start(self) -> None:
+        """Train what has not been trained yet, then let all speak."""
+        if len(self.chosen.value) >= 2:
+            self.begin(self._train, self.runs)
+
+    def speak(self) -> None:
+        """Let the trained models speak from the prompt, with the same seed."""
+        self.begin(self._speak)
+
+    def stop(self) -> None:
+        super().stop()
+        for live in self.lives.values():
+            live.request_stop()
+
+    def _train(self, wanted: dict[str, Run]) -> str:
+        self.lives = {name: LiveRun(run, self.results_dir, self.prompt.value or "The") for name, run in wanted.items()}
+        for number, (name, live) in enumerate(self.lives.items(), start=1):
+            said = f"training {number} of {len(wanted)}: {name}"
+            self._progress(f"{said} …")
+
+            def on_point(live: LiveRun = live, said: str = said) -> None:
+                self._progress(f"{said}, step {live.trainer.step:,} of {live.run.train.max_steps:,}")
+                self._show_samples()
+                self.redraw()
+
+            record = live.train(self.is_stopping, lambda _: None, on_point)
+            if record is None or record["status"] == "stopped" or self.is_stopping():
+                live.discard()
+                self.redraw()
+                return f"stopped while training {name}; what had been trained before is kept"
+        self.redraw()
+        return self._speak()
+
+    def _show_samples(self) -> None:
+        texts = [[html.escape(live.samples[-1][1])] if live.samples else [""] for live in self.lives.values()]
+        self.text.value = side_by_side("", texts, list(self.lives))
+
+    def _speak(self) -> str:
+        speakers = self._speakers()
+        if not speakers:
+            raise LabError("A model must have been trained before it speaks", "none was", "press Train and speak")
+        prompt = self.prompt.value or "The"
+        config = GenerateConfig(temperature=self.temperature.value, max_new_tokens=120, seed=self.seed.value)
+        models = [live.model() for live in speakers.values()]
+        texts = [stream(model, tokenizer, prompt, config, self.is_stopping, top=5) for model, tokenizer in models]
+
+        def show(spans: list[list[str]]) -> None:
+            self.text.value = side_by_side(prompt, spans, list(speakers))
+
+        return write_together(texts, len(texts) * config.max_new_tokens, show, self._progress)
+
+    def draw(self) -> None:
+        self.picture.value = png(self._draw_curves, (9.6, 3.8))
+
+    def _draw_curves(self, figure: Figure) -> None:
+        curves, ends = figure.subplots(1, 2, width_ratios=(1.6, 1))
+        drawn = [(name, live) for name, live in self.lives.items() if live.curve]
+        for number, (name, live) in enumerate(drawn):
+            draw_curve(curves, live.curve, "val_loss", COLOURS[number], name)
+        curves.set_ylabel("validation loss (nats/token)")
+        log_x(curves, "training tokens")
+        curves.set_title("same text, batches and seed" if drawn else "press Train and speak: curves will grow here")
+        done = [(name, live.record["val_loss"]) for name, live in drawn if live.record and live.record["val_loss"]]
+        if drawn:
+            curves.legend(loc="upper right")
+        if done:
+            names, losses = zip(*done, strict=True)
+            ends.barh(range(len(names)), np.array(losses) - losses[0], color=COLOURS[: len(names)], height=0.6)
+            ends.set_yticks(range(len(names)), names)
+            ends.invert_yaxis()
+            ends.xaxis.set_major_locator(ticker.MaxNLocator(4))
+            ends.axvline(0, color=GREY, linewidth=0.8)
+        ends.set(xlabel=f"loss above that of {done[0][0]} (nats/token)" if done else "", title="at the end, one seed")
+
+
+def _known_variants() -> str:
+    """What studies have measured of variants, as a table; a word where none has."""
+    law = next((law for folder in study_folders() if (law := _frontier(folder)) is not None), None)
+    for folder in study_folders():
+        try:
+            found = compare_variants(runs.load_runs(folder, on_damage="skip"), law)
+        except LabError:
+            continue
+        rows = []
+        for row in found.to_dict("records"):
+            worth = ""
+            if "multiplier" in row:
+                ends = (
+                    f" [{row['multiplier_low']:.2f}, {row['multiplier_high']:.2f}]" if row["low"] == row["low"] else ""
+                )
+                worth = f"{row['multiplier']:.2f}{ends}"
+            rows.append(
+                (row["variant"], f"{row['loss']:.3f}", f"{row['difference']:+.3f}", worth, row["seeds"], row["verdict"])
+            )
+        head = ("variant", "loss (nats/token)", "above the baseline", "compute multiplier [95 %]", "seeds", "verdict")
+        said = (
+            f"Measured with several seeds, each variant at its own best rate: results of <b>{html.escape(folder.name)}</b>. "
+            "A compute multiplier below 1 says that the baseline reaches that loss with so much less compute."
+        )
+        return f"<div class='tinylm-known' style='{SMALL}'>{said}</div>{table(head, rows)}"
+    said = "No study in results/ has compared variants yet: one seed is all there is here."
+    return f"<div class='tinylm-known' style='{SMALL}'>{said}</div>"
+
+
+def _frontier(folder: Path):
+    """The law L(C) of a study, where it has one."""
+    try:
+        return Evidence.from_dict(json.loads((folder / "tables" / "law.json").read_text(encoding="utf-8"))).frontier
+    except (OSError, KeyError, TypeError, ValueError):
+        return None

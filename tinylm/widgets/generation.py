@@ -1,0 +1,265 @@
+"""Play with a model's sampler: text that streams in, coloured by how likely each token was, and what each filter does."""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import ipywidgets
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from tinylm.config import GenerateConfig
+from tinylm.generate import STAGES, TokenOut, filter_logits, next_token_logits, stream
+from tinylm.model import TinyLM
+from tinylm.tokenizer import Tokenizer
+from tinylm.widgets.shared import BLUE, DRAWING, GREY, ORANGE, PAGE, Panel, beside, button, grid, knob, place, readable
+
+WASH = (
+    "30, 136, 229"  # one hue in many strengths, told apart by lightness alone; as a wash it suits light and dark themes
+)
+
+
+def generation_panel(model: TinyLM, tokenizer: Tokenizer, prompt: str = "The") -> GenerationPanel:
+    """Play with a model's sampler: prompt, every knob of ``GenerateConfig``, text that streams in coloured by how
+    likely the model held each token (its alternatives under the pointer), and what each filter makes of the
+    distribution of the token after the prompt."""
+    return place(GenerationPanel, model, tokenizer, prompt, same=model)
+
+
+class GenerationPanel(Panel):
+    """What ``generation_panel`` gives. ``start()`` and ``stop()`` do what the buttons do."""
+
+    def __init__(self, model: TinyLM, tokenizer: Tokenizer, prompt: str):
+        super().__init__(same=model)
+        self.model, self.tokenizer = model, tokenizer
+        self._read: tuple[str, tuple[torch.Tensor, torch.Tensor]] | None = None  # a prompt and what it leads to
+
+        start = GenerateConfig()
+        ks = [k for k in (1, 2, 3, 5, 10, 20, 50, 100, 200, 500) if k < model.config.vocab_size]
+        self.prompt = ipywidgets.Textarea(
+            prompt, description="prompt", rows=2, style={"description_width": "60px"}, layout={"width": "auto"}
+        )
+        self.temperature = knob(
+            ipywidgets.FloatSlider, "temperature", "0 always takes the likeliest token; 1 is the model as it is",
+            value=start.temperature, min=0, max=2, step=0.05,
+        )  # fmt: skip
+        self.top_k = knob(
+            ipywidgets.SelectionSlider, "top_k", "only the k likeliest tokens may be drawn",
+            value=start.top_k or 0, options=[*((str(k), k) for k in ks), ("all", 0)],
+        )  # fmt: skip
+        self.top_p = knob(
+            ipywidgets.FloatSlider, "top_p", "only the likeliest tokens that together reach p may be drawn",
+            value=start.top_p, min=0.05, max=1, step=0.05,
+        )  # fmt: skip
+        self.repetition_penalty = knob(
+            ipywidgets.FloatSlider, "repetition_penalty", "above 1, tokens already in the text become less likely",
+            value=start.repetition_penalty, min=1, max=2, step=0.05,
+        )  # fmt: skip
+        self.max_new_tokens = knob(
+            ipywidgets.IntSlider, "max_new_tokens", "how long the text becomes",
+            value=start.max_new_tokens, min=10, max=2000, step=10,
+        )  # fmt: skip
+        self.seed = knob(
+            ipywidgets.BoundedIntText, "seed", "the same seed and settings give the same text",
+            value=start.seed, min=0, max=2**31 - 1,
+        )  # fmt: skip
+        self.samples = knob(
+            ipywidgets.IntSlider, "samples", "texts side by side, each of a seed of its own: seed, seed + 1, ...",
+            value=1, min=1, max=4,
+        )  # fmt: skip
+        self.generate_button = button("Generate", "play", primary=True)
+        self.stop_button = button("Stop", "stop", disabled=True)
+        self.text = ipywidgets.HTML(layout={"width": "auto", "max_height": "420px", "overflow": "auto"})
+
+        self._filters = (self.temperature, self.top_k, self.top_p, self.repetition_penalty)
+        for control in (self.prompt, *self._filters):
+            control.observe(self.redraw, "value")
+        self.generate_button.on_click(lambda _: self.start())
+        self.stop_button.on_click(lambda _: self.stop())
+        self.children = [
+            self.prompt,
+            grid([*self._filters, self.max_new_tokens, self.samples, self.seed]),
+            beside(self.generate_button, self.stop_button, self.status),
+            ipywidgets.HTML(_LEGEND),
+            self.text,
+            self.shown_picture(),
+        ]
+        self._show(prompt, [[]])
+        self._try_to_draw()
+
+    @property
+    def config(self) -> GenerateConfig:
+        """What the controls say."""
+        return GenerateConfig(
+            temperature=self.temperature.value,
+            top_k=self.top_k.value or None,
+            top_p=self.top_p.value,
+            repetition_penalty=self.repetition_penalty.value,
+            max_new_tokens=self.max_new_tokens.value,
+            seed=self.seed.value,
+        )
+
+    def start(self) -> None:
+        """Continue the prompt in the background; does nothing while text is being written."""
+        self.begin(self._write, self.prompt.value, self.config, self.samples.value)
+
+    def ready(self, is_ready: bool) -> None:
+        self.generate_button.disabled, self.stop_button.disabled = not is_ready, is_ready
+
+    def _write(self, prompt: str, config: GenerateConfig, samples: int) -> str:
+        """Stream texts into the panel; returns a word on how it went."""
+        texts = [
+            stream(
+                self.model, self.tokenizer, prompt, config.replace(seed=config.seed + number), self.is_stopping, top=5
+            )
+            for number in range(samples)
+        ]
+        return write_together(
+            texts, samples * config.max_new_tokens, lambda spans: self._show(prompt, spans), self._progress
+        )
+
+    def _show(self, prompt: str, texts: list[list[str]]) -> None:
+        self.text.value = side_by_side(prompt, texts)
+
+    def draw(self) -> None:
+        prompt, config = self.prompt.value, self.config
+        if self._read is None or self._read[0] != prompt:
+            self._read = prompt, next_token_logits(self.model, self.tokenizer, prompt)
+        stages = filter_logits(self._read[1][0], config, self._read[1][1])
+        stages = {name: stage[0].numpy() for name, stage in stages.items()}
+        self.picture.value = draw_filters(stages, config, self.tokenizer.pieces)
+
+
+def write_together(
+    texts: list[Iterator[TokenOut]], most: int, show: Callable[[list[list[str]]], None], say: Callable[[str], None]
+) -> str:
+    """Take a token of each text in turn until all have ended, and show what there is some ten times a second; returns a
+    word on how it went. most: how many tokens there are where nothing is stopped."""
+    began = told = time.perf_counter()
+    spans: list[list[str]] = [[] for _ in texts]
+    waiting: list[list[TokenOut]] = [[] for _ in texts]
+    active, count = dict(enumerate(texts)), 0
+    show(spans)
+    say("writing …")
+    try:
+        while active:
+            for number, text in list(active.items()):
+                token = next(text, None)
+                if token is None:
+                    del active[number]
+                    continue
+                count += 1
+                waiting[number].append(token)
+                if token.text:
+                    spans[number].append(_span(waiting[number]))
+                    waiting[number] = []
+            now = time.perf_counter()
+            # A long text is a long message: it is sent less often, so that the page keeps up.
+            if now - told > 0.1 + sum(map(len, spans)) / 2000:
+                show(spans)
+                say(f"writing … {count:,} tokens, {count / (now - began):,.0f} tokens/s")
+                told = time.perf_counter()
+    finally:
+        show(spans)
+    seconds = max(time.perf_counter() - began, 1e-9)
+    ended = "stopped after" if count < most else "done:"
+    return f"{ended} {count:,} tokens in {seconds:.1f} s, {count / seconds:,.0f} tokens/s"
+
+
+def side_by_side(prompt: str, texts: list[list[str]], names: Sequence[str] = ()) -> str:
+    """Texts of coloured spans as columns, as many as the page has room for, each under its name."""
+    head = f"<span style='opacity:.65'>{html.escape(prompt)}</span>"
+    above = [f"<b>{html.escape(name)}</b>" for name in names] or [""] * len(texts)
+    pages = [
+        f"<div>{name}<div class='tinylm-text' style='{PAGE}'>{head}{''.join(spans)}</div></div>"
+        for name, spans in zip(above, texts, strict=True)
+    ]
+    columns = "display:grid;gap:8px;grid-template-columns:repeat(auto-fit, minmax(min(220px, 100%), 1fr))"
+    return f"<div style='{columns}'>{''.join(pages)}</div>"
+
+
+def draw_filters(
+    stages: dict[str, np.ndarray], config: GenerateConfig, piece: Callable[[int], str], rows: int = 10
+) -> bytes:
+    """A PNG of the next token's distribution after each stage of ``filter_logits``, one column a stage: the likeliest
+    tokens of the model, all others in one bar. A tick marks what the stage before gave, a cross what a filter removed.
+
+    stages: name in ``STAGES`` -> probabilities (V,). piece: id -> its printable form.
+    """
+    model = stages["model"]
+    shown = np.argsort(-model, kind="stable")[:rows]
+    others = len(model) - len(shown)
+    names = [readable(piece(int(token))) for token in shown] + ([f"{others:,} others"] if others else [])
+    rest = np.ones(len(model), dtype=bool)
+    rest[shown] = False
+    values = {name: np.append(stage[shown], stage[rest].sum())[: len(names)] for name, stage in stages.items()}
+    settings = {
+        "model": "the model",
+        "repetition_penalty": f"repetition_penalty {config.repetition_penalty:g}",
+        "temperature": f"temperature {config.temperature:g}",
+        "top_k": f"top_k {config.top_k or 'all'}",
+        "top_p": f"top_p {config.top_p:g}",
+    }
+    step, top = 1.5, max(value.max() for value in values.values())
+    figure = Figure(figsize=(9.6, 0.6 + 0.23 * len(names)), dpi=130)
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0.09, 0.01, 0.91, 0.97))
+    axes.set(xlim=(-0.05, step * len(STAGES)), ylim=(len(names) - 0.4, -1.6))
+    axes.axis("off")
+    words = {"color": GREY, "fontsize": 8.5, "va": "center", "parse_math": False}
+    for row, name in enumerate(names):
+        axes.text(-0.05, row, name, ha="right", **words)
+    before = None
+    for column, stage in enumerate(STAGES):
+        value, left = values[stage], column * step
+        changes = stage == "model" or not np.array_equal(stages[stage], before)
+        axes.text(left, -1.1, settings[stage], ha="left", **{**words, "weight": "bold" if changes else "normal"})
+        axes.barh(range(len(names)), value / top, left=left, height=0.7, color=BLUE, alpha=1.0 if changes else 0.35)
+        axes.vlines(left, -0.5, len(names) - 0.5, color=GREY, linewidth=0.8)
+        if before is not None and changes:
+            ticks = left + values[STAGES[column - 1]] / top
+            axes.vlines(ticks, np.arange(len(names)) - 0.42, np.arange(len(names)) + 0.42, color=ORANGE, linewidth=1.6)
+        for row, share in enumerate(value):
+            place = left + max(share, values[STAGES[column - 1]][row] if before is not None and changes else 0) / top
+            label, color = (f"{share:.0%}", GREY) if share >= 0.01 else ("<1%", GREY) if share > 0 else ("×", ORANGE)
+            axes.text(place + 0.03, row, label, ha="left", **{**words, "color": color, "fontsize": 7.5})
+        before = stages[stage]
+    out = io.BytesIO()
+    with DRAWING:
+        figure.savefig(out, format="png", transparent=True)
+    return out.getvalue()
+
+
+def _strength(probability: float) -> float:
+    """How strongly a token is coloured: 0 where it was certain, full where the model gave it 1 in 500 or less."""
+    return 0.65 * min(1.0, abs(math.log(max(probability, 1e-9))) / math.log(500))
+
+
+_LEGEND = (
+    "<div style='font-size:12px;line-height:1.6'>how likely the model held each token, alternatives under the pointer: "
+    + " ".join(
+        f"<span style='background:rgba({WASH}, {_strength(p):.2f});padding:1px 6px;border-radius:2px'>{name}</span>"
+        for name, p in (("100 %", 1.0), ("50 %", 0.5), ("10 %", 0.1), ("2 %", 0.02), ("0.2 %", 0.002))
+    )
+    + "</div>"
+)
+
+
+def _span(tokens: list[TokenOut]) -> str:
+    """A piece of text in the colour of its probability; several tokens are the bytes of one character."""
+    probability = math.prod(token.probability for token in tokens)
+    title = f"{_percent(probability)}" + (f" ({len(tokens)} tokens for this character)" if len(tokens) > 1 else "")
+    others = ", ".join(f"{readable(piece)} {_percent(p)}" for _, piece, p in tokens[-1].alternatives)
+    title = html.escape(f"{title}\nlikeliest: {others}", quote=True).replace("\n", "&#10;")
+    wash = f"background:rgba({WASH}, {_strength(probability):.2f})"
+    return f'<span style="{wash}" title="{title}">{html.escape(tokens[-1].text)}</span>'
+
+
+def _percent(probability: float) -> str:
+    return f"{100 * probability:.{0 if probability >= 0.1 else 1 if probability >= 0.01 else 2}f} %"
