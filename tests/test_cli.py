@@ -54,7 +54,7 @@ def test_help_names_every_command_and_choice():
         assert re.search(rf"^  {name} +\S", listed, re.MULTILINE)
         assert call(name, "--help").exit_code == 0
     text = call("train", "--help").output
-    assert "[swiglu|gelu|relu]" in text and "num_kv_heads: None is num_heads" in " ".join(text.split())
+    assert "[swiglu|gelu|relu|relu2]" in text and "num_kv_heads: None is num_heads" in " ".join(text.split())
 
 
 # -------------------------------------------------------------------------------------------------------------- train

@@ -17,12 +17,16 @@ from tinylm.errors import ConfigError
 
 NORMS = ("rmsnorm", "layernorm")
 NORM_POSITIONS = ("pre", "post")
-MLPS = ("swiglu", "gelu", "relu")
+MLPS = ("swiglu", "gelu", "relu", "relu2")
 POSITIONS = ("rope", "learned", "sinusoidal", "none")
 INITS = ("fixed", "scaled")
 SCHEDULES = ("cosine", "wsd")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 TOKENIZERS = ("bpe", "unigram", "char", "byte")
+
+# Fields of ModelConfig that are younger than the first records. At its default such a field is no part of a run's identity,
+# so that what was trained before it was there is still found.
+YOUNGER = ("qk_norm",)
 
 
 class _Config:
@@ -115,6 +119,8 @@ class ModelConfig(_Config):
     intermediate_size: None is 8/3 D rounded to a multiple of 8 for the gated SwiGLU and 1.5 times that for the plain MLPs,
         so that all three hold exactly as many parameters.
     attention_scale: factor on q.k; None is 1 / sqrt(Dh).
+    qk_norm: RMSNorm over the channels of each query and key head, before RoPE (Henry et al. 2020, with RMSNorm in place of
+        the unit length), with one gain a channel that all heads of a layer share.
     init: ``fixed`` draws every matrix at init_std; ``scaled`` at init_std * sqrt(1024 / fan_in), so that init_std keeps its
         meaning at fan_in 1024 and narrow layers are not starved.
     """
@@ -137,6 +143,7 @@ class ModelConfig(_Config):
     init: str = "fixed"
     init_std: float = 0.02
     norm_eps: float = 1e-6
+    qk_norm: bool = False
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -207,6 +214,12 @@ class ModelConfig(_Config):
             "attention_scale": self.head_dim**-0.5,
         }
         return self.replace(**{name: value for name, value in derived.items() if getattr(self, name) is None})
+
+    def identifying(self) -> dict:
+        """What of a model enters a run's identity: all fields as resolved, without the ``YOUNGER`` ones at their defaults."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        values = self.resolve().to_dict()
+        return {name: v for name, v in values.items() if name not in YOUNGER or v != defaults[name]}
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from tinylm import errors
 from tinylm.errors import LabError
 from tinylm.files import write_whole
 from tinylm.study.parameters import (
+    AblationParameters,
+    ClaimsParameters,
     ComputeParameters,
     DataParameters,
     ModelParameters,
@@ -26,7 +28,10 @@ from tinylm.study.parameters import (
     validate,
 )
 
-_KINDS = (QuickstartParameters, RecipeParameters, DataParameters, ModelParameters, ComputeParameters)
+_KINDS = (
+    *(QuickstartParameters, RecipeParameters, DataParameters, ModelParameters, ComputeParameters),
+    *(AblationParameters, ClaimsParameters),
+)
 PARAMETERS = {kind.study: kind for kind in _KINDS}
 
 # The names under which a kernel reports the errors that are meant for a person.

@@ -202,6 +202,55 @@ class ModelParameters(StudyParameters):
 
 
 @dataclass(frozen=True)
+class AblationParameters(StudyParameters):
+    """What can be asked of studies/ablations.ipynb, besides what every study takes.
+
+    variants: names from tinylm.study.ablations.VARIANTS, with commas between; empty is all of them.
+    """
+
+    variants: str = ""
+
+    study: typing.ClassVar[str] = "ablations"
+    presets: typing.ClassVar[tuple[str, ...]] = ("smoke", "quick", "full")
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """The names that are asked for."""
+        return tuple(name.strip() for name in self.variants.split(",") if name.strip())
+
+
+@dataclass(frozen=True)
+class ClaimsParameters(_Config):
+    """What can be asked of studies/claims.ipynb, which trains nothing but, for the smoke preset, small evidence of its own.
+
+    evidence: the folder that holds the studies' results, relative to the repository. numbers: the claims to be judged; empty is
+    all of them, or for the smoke preset those that its small evidence serves. results_dir: where the report goes; empty is
+    results/local/claims.
+    """
+
+    preset: str = "full"
+    evidence: str = "results"
+    numbers: tuple[float, ...] = ()
+    results_dir: str = ""
+
+    study: typing.ClassVar[str] = "claims"
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        self._one_of("preset", ("smoke", "full"))
+        whole = all(number == int(number) for number in self.numbers)
+        self._require(whole, "claims are known by whole numbers", "write 3 or [3, 6]", numbers=self.numbers)
+
+    @property
+    def folder(self) -> Path:
+        """Where the study writes."""
+        named = "claims" if self.preset == "full" else f"claims-{self.preset}"
+        return repository() / (
+            Path(self.results_dir).expanduser() if self.results_dir else Path("results/local", named)
+        )
+
+
+@dataclass(frozen=True)
 class ComputeParameters(QuickstartParameters):
     """What can be asked of studies/compute_scaling.ipynb: the same as of the quickstart."""
 

@@ -128,7 +128,7 @@ def identity(run: Run, corpus_identity: dict, arithmetic: dict, revision: int | 
         from tinylm.backend import NUMERICS_REVISION as revision
     train = run.train.resolve(run.model).to_dict()
     parts = {
-        "model": run.model.resolve().to_dict(),
+        "model": run.model.identifying(),
         "train": {name: value for name, value in train.items() if name not in NO_NUMBER},
         "corpus": {name: value for name, value in corpus_identity.items() if name != "text"},
         "arithmetic": arithmetic,
@@ -248,7 +248,7 @@ def table(records: list[dict], tags: list[dict] | None = None) -> pandas.DataFra
 
 def _row(record: dict) -> dict:
     parameters = record["parameters"]
-    row = {**record["data"], **record["model"], **record["train"]}
+    row = {**record["data"], **ModelConfig.from_dict(record["model"]).to_dict(), **record["train"]}
     row |= {name: record[name] for name in ("threads", "device")}  # as resolved
     row |= {f"params_{part}": parameters[part] for part in ("total", "non_embedding", "embedding", "head")}
     row |= {name: record.get(name) for name in COLUMNS if name not in row}
