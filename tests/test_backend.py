@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import torch
 
-from tinylm import backend
+from tinylm import backend, counts
 from tinylm.config import ModelConfig, TrainConfig
 from tinylm.errors import LabError
 from tinylm.layers import Linear
@@ -105,11 +105,15 @@ def test_open_choices_follow_what_was_measured_where_a_run_is_long(monkeypatch):
     assert {**asked, "stacked": None} == {**plain, "stacked": None}
 
 
-def test_only_small_steps_of_one_thread_are_stacked_and_stay_eager(monkeypatch):
+def test_only_small_steps_of_one_thread_are_stacked_and_shorter_runs_of_them_are_compiled(monkeypatch):
     monkeypatch.setattr(backend, "findings", lambda: {"bf16": False, "compile": True, "query_blocks": 1})
     model, train = ModelConfig(), TrainConfig(threads=1, batch_size=2, max_steps=100_000)
     assert backend.resolve(train, model, in_stacks=True)["stacked"]
-    assert not backend.resolve(train, model, in_stacks=True)["compile"] and backend.resolve(train, model)["compile"]
+    few = train.replace(max_steps=round(2e11 / (counts.train_flops(model, train) / train.max_steps)))
+    assert backend.resolve(few, model, in_stacks=True)["compile"] and not backend.resolve(few, model)["compile"]
+    tiny = train.replace(max_steps=10, warmup_steps=1)
+    assert backend.resolve(tiny, model, in_stacks=True)["stacked"]
+    assert not backend.resolve(tiny, model, in_stacks=True)["compile"]
     assert not backend.resolve(train, model)["stacked"]
     for other in (train.replace(threads=2), train.replace(batch_size=512), train.replace(precision="fp16")):
         assert not backend.resolve(other, model, in_stacks=True)["stacked"]
@@ -137,3 +141,17 @@ def test_a_machine_that_cannot_be_measured_takes_the_plain_path(monkeypatch, tmp
     monkeypatch.setattr(backend.subprocess, "run", lambda *args, **kwargs: failed)
     assert findings() == backend.PLAIN
     assert "No such thing" in capsys.readouterr().out
+
+
+def test_a_plan_reckons_with_what_compiling_gained_in_the_probe(monkeypatch, tmp_path):
+    monkeypatch.setenv("TINYLM_HOME", str(tmp_path))
+    compiled = {"compile": True, "precision": "fp32", "query_blocks": 1}
+    assert backend.gain(compiled) == 1.0  # nothing was measured
+    took = {"eager": 0.06, "compiled": 0.04, "compiled, bf16, 2-block attention": 0.02}
+    found = {"bf16": False, "compile": True, "query_blocks": 1, "seconds_per_step": took}
+    done = subprocess.CompletedProcess([], 0, stdout=json.dumps(found), stderr="")
+    monkeypatch.setattr(backend.subprocess, "run", lambda *args, **kwargs: done)
+    findings()
+    assert backend.gain(compiled) == pytest.approx(1.5)
+    assert backend.gain({**compiled, "precision": "bf16", "query_blocks": 2}) == pytest.approx(3.0)
+    assert backend.gain({**compiled, "query_blocks": 2}) == backend.gain({**compiled, "compile": False}) == 1.0

@@ -168,6 +168,12 @@ def test_refuses_a_busy_machine_unless_forced(monkeypatch, tmp_path):
     assert "Not to be relied on" in page.read_text() and "results/local/mine" in page.read_text()
 
 
+def test_losses_are_compared_on_a_busy_machine_too(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "busy", lambda: ["a sweep is at work in results/local/mine"])
+    monkeypatch.setitem(bench.MEASURES, "parity", lambda preset, scratch, say: FAKES["parity"]())
+    assert "Not to be relied on" not in bench.run(("parity",), TINY, tmp_path, say=silent).read_text()
+
+
 MACHINE = [
     {"threads": 1, "what": f"{dtype} product", "size": 64, "value": value, "unit": "GFLOP/s"}
     for dtype, value in (("float32", 80.0), ("bfloat16", 20.0))

@@ -19,7 +19,7 @@ import pytest
 
 from tinylm import corpora, counts
 from tinylm.errors import TextError
-from tinylm.study import compute, forecasts
+from tinylm.study import compute, forecasts, planner
 from tinylm.study.design import Recipe, isoflop_points
 from tinylm.study.parameters import ComputeParameters, repository
 from tinylm.study.runs import load_runs
@@ -191,6 +191,21 @@ def test_noise_and_batches_are_measured_at_the_best_sizes(fitted):
     assert table.difference.abs().max() < 0.002  # this law knows no batch, only tokens
 
 
+def test_plans_are_trained_and_held_to_what_they_promised_before(fitted, monkeypatch):
+    monkeypatch.setattr(fitted, "preset", dataclasses.replace(fitted.preset, promised=(1, 2)))
+    speed = planner.Speed((1e4, 1e7), (2e10, 2e10), threads=2)
+    monkeypatch.setattr(fitted, "speed_for", lambda minutes: speed)
+    fitted.keep_promises()
+    table = pd.read_csv(fitted.folder / "tables" / "promises.csv")
+    assert table.promised.to_numpy() == pytest.approx([60, 120], rel=0.05)
+    assert (table.took == 1.0).all()  # so says the made-up record
+    assert table.time_off.to_numpy() == pytest.approx(100 * (1 / table.promised - 1).to_numpy(), rel=1e-6)
+    assert table.inside.all() and table.loss_off.abs().max() < 0.5  # the losses come from the law that was fitted
+    monkeypatch.setattr(fitted, "speed_for", None)  # a later start keeps the promises that were made
+    fitted.keep_promises()
+    assert pd.read_csv(fitted.folder / "tables" / "promises.csv").equals(table)
+
+
 def test_a_batch_of_one_window_is_not_halved(measured):
     point = isoflop_points(Recipe(), 512, [1e9], 1)[0]
     assert [variant.batch_size for variant in measured._variants(point, 0.01)] == [2]
@@ -243,7 +258,7 @@ def test_the_smoke_study_is_whole_and_a_second_call_only_redraws_it(tmp_path):
     assert links and not [link for link in links if "://" not in link and not (results / link).exists()]
     assert str(results) not in readme and "nan" not in readme.lower()
     runs = pd.read_csv(results / "tables" / "runs.csv")
-    assert {"isoflop", "seeds", "batches", "forecast"} <= set(runs.family) and len(runs) == len(load_runs(results))
+    assert {"isoflop", "seeds", "batches", "forecast", "promised"} <= set(runs.family) and len(runs) == len(load_runs(results))
     sealed = forecasts.load(results / "forecasts").iloc[0]
     record = load_runs(results).set_index("run_id").loc[sealed.run_id]
     assert pd.Timestamp(sealed.time) <= pd.Timestamp(record.started) and sealed.learning_rate == record.learning_rate

@@ -143,7 +143,7 @@ def test_a_limit_that_is_reached_does_not_stop_the_others():
     logs = np.log([N, D, U])
     centre = DATA_CONSTRAINED.centre(logs)
     start = DATA_CONSTRAINED.theta(pd.DataFrame([CHINCHILLA | {"R_D": 500.0, "R_N": 20.0}]), centre)
-    theta, value = solve(DATA_CONSTRAINED, start, logs - centre[:, None], y, np.ones(60), "lsq", 1e-3)
+    theta, value = solve(DATA_CONSTRAINED, start, logs - centre[:, None], y, np.ones(60), [np.inf])
     found = DATA_CONSTRAINED.natural(theta, centre).iloc[0]
     assert found["R_D"] == pytest.approx(1e4) and value[0] < 1e-6
     assert found["alpha"] == pytest.approx(CHINCHILLA["alpha"], rel=1e-2)

@@ -67,6 +67,16 @@ def test_runs_in_a_stack_are_the_runs_alone(switch):
     assert numbers(train_together([trainer(model, **RUNS[1]), trainer(model, **RUNS[0])])[0]) == numbers(alone)
 
 
+def test_in_bf16_a_run_in_a_stack_is_the_run_alone_too():
+    low = dict(precision="bf16", max_steps=8, eval_interval=4)  # few steps: emulated, these products are slow
+    together = train_together([trainer(**low, **run) for run in RUNS])
+    for run, result in zip(RUNS, together, strict=True):
+        apart = trainer(stacked=False, **low, **run).run()
+        assert result.val_loss == pytest.approx(apart.val_loss, abs=5e-3)  # rounding at other places
+    assert numbers(trainer(**low, **RUNS[1]).run()) == numbers(together[1])
+    assert together[0].val_loss != trainer(**{**low, "precision": "fp32"}, **RUNS[0]).run().val_loss
+
+
 def test_a_run_that_leaves_changes_nothing_for_the_others():
     calm = [numbers(trainer(**run).run()) for run in RUNS[:2]]
     wild = dict(seed=5, learning_rate=1e4, grad_clip=1e9)

@@ -74,6 +74,34 @@ def test_bad_cells_are_named_and_may_be_dropped_by_name(write):
     assert left.frame["line"].tolist() == [2] and left.dropped == {"bad": [3, 4, 5, 6, 7]}
 
 
+def test_numbers_are_read_as_people_write_them(write):
+    comma = '\ufeffModel size (N), D ,L\r\n"1,234,567",1 000 000,3.5\r\n1e6,2_000_000,"3"\r\n'
+    read = read_runs(write(comma), {"params": "Model size (N)", "tokens": "D", "loss": "L"})
+    assert read.frame["params"].tolist() == [1234567, 1e6] and read.frame["tokens"].tolist() == [1e6, 2e6]
+    semicolon = read_runs(write("N;D;L;depth\n1,5;2.000.000;3,25;4,0\n1.5;2000;3.25;8\n"), NAMES, ["depth=8"])
+    assert semicolon.frame[["params", "tokens", "loss"]].values.tolist() == [[1.5, 2e6, 3.25]]
+    for cell in ("7B", "1,23,456", "3.1.4"):
+        with pytest.raises(LabError, match="line 2"):
+            read_runs(write(f'N,D,L\n"{cell}",2,3\n'), NAMES)
+
+
+def test_a_comma_too_many_is_a_bad_row_not_shifted_cells(write):
+    path = write("N,D,L,note\n1,000,2,3,a\n4,5,6,b,\n")
+    with pytest.raises(LabError, match="line 2: 5 cells for 4 columns"):
+        read_runs(path, NAMES)
+    assert read_runs(path, NAMES, ["bad"]).frame["line"].tolist() == [3]
+
+
+def test_a_line_of_units_is_left_out_and_told(write):
+    read = read_runs(write("N,D,L\ncount,tokens,nats\n1,2,3\n"), NAMES)
+    assert read.dropped == {"units": [2]} and read.frame["line"].tolist() == [3]
+    assert any("rule units" in said and "1 row (line 2)" in said for said in read.sentences())
+    with pytest.raises(LabError, match="line 2"):
+        read_runs(write("N,D,L\nnan,nan,nan\n1,2,3\n"), NAMES)
+    with pytest.raises(LabError, match="line 3: L='nats'"):
+        read_runs(write("N,D,L\n1,2,3\n1,2,nats\n"), NAMES)
+
+
 @pytest.mark.parametrize(
     ("rule", "lines"),
     [
@@ -95,7 +123,7 @@ def test_a_rule_drops_what_it_says_and_no_more(write, rule, lines):
     read = read_runs(write(table), {**NAMES, "unique_tokens": "U"}, [rule])
     assert read.dropped == {rule: lines}
     assert read.frame["line"].tolist() == [line for line in (2, 3, 4, 5) if line not in lines]
-    assert f"dropped by the rule {rule}: {len(lines)} rows" in " ".join(read.sentences())
+    assert f"dropped by the rule {rule}: {len(lines)} row" in " ".join(read.sentences())
 
 
 @pytest.mark.parametrize(
@@ -118,8 +146,12 @@ def test_files_that_are_no_tables_are_refused(write, tmp_path):
         read_runs(tmp_path / "absent.csv", NAMES)
     with pytest.raises(LabError, match="no rows"):
         read_runs(write("N,D,L\n"), NAMES)
-    with pytest.raises(LabError, match=r"'L' in .*the columns are N, D"):
+    with pytest.raises(LabError, match=r"no 'L' in .*the columns are N, D"):
         read_runs(write("N,D\n1,2\n"), NAMES)
+    with pytest.raises(LabError, match="2 'L' in"):
+        read_runs(write("N,D,L,L\n1,2,3,4\n"), NAMES)
+    with pytest.raises(LabError, match="the file is empty"):
+        read_runs(write(""), NAMES)
 
 
 # Forms ----------------------------------------------------------------------------------------------------------------

@@ -6,9 +6,11 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,6 +87,23 @@ def test_windows_are_the_text_and_targets_one_token_on(count, stride):
     assert 0 <= count - 17 - (len(data) - 1) * step < step  # no window is missing at the end
     with pytest.raises(IndexError):
         data[len(data)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory of a process in /proc")
+def test_reading_a_whole_map_does_not_hold_it_in_memory(tmp_path):
+    def mapped() -> int:
+        told = Path("/proc/self/status").read_text()
+        return 1024 * sum(int(kilobytes) for kilobytes in re.findall(r"^Rss(?:File|Shmem):\s+(\d+) kB", told, re.M))
+
+    count, window = 24 * 2**20, 2048
+    (np.arange(count, dtype=np.uint32) % 60000).astype(np.uint16).tofile(tmp_path / "ids")
+    data = TextDataset.from_tokens(np.memmap(tmp_path / "ids", dtype=np.uint16, mode="r"), window, stride=window)
+    before, most = mapped(), 0
+    for start in range(0, len(data), 64):
+        inputs, targets = data.batch(np.arange(start, min(start + 64, len(data))))
+        assert inputs[0, 0] == start * window % 60000 and targets[-1, -1] == (inputs[-1, -1] + 1) % 60000
+        most = max(most, mapped() - before)
+    assert 0 < most < count * 2 / 3  # bytes: a third of the map at most
 
 
 def test_a_batch_is_its_windows_stacked_and_a_map_reads_like_an_array(tmp_path):

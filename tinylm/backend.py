@@ -30,8 +30,9 @@ NUMERICS_REVISION = 2  # raised by every change to how training computes, so tha
 # Compiling costs some ten seconds of a core or more, once for each shape and machine, and a second or two where the code
 # is kept. A run shorter than this takes a minute or two of a core and would hardly win that back.
 FLOPS_WORTH_COMPILING = 3e12
-# A stack pays where the operations of one run are too small to keep a core busy; at twice this size it won nothing. Stacks
-# stay eager: compiled, they were little faster, and each of a study's many small shapes would have to be compiled.
+# In a stack of one shape several runs share the code, and a run takes a third less of its time with it (at hidden 16 to 64).
+FLOPS_WORTH_COMPILING_IN_A_STACK = 5e10
+# A stack pays where the operations of one run are too small to keep a core busy; at twice this size it won nothing.
 STACKED_UP_TO = 1 << 15  # channels a step: tokens in a micro-step times hidden_size
 
 PLAIN_WORDS = "eager, fp32 products, torch's attention"
@@ -41,10 +42,12 @@ PLAIN = {"bf16": False, "compile": False, "query_blocks": 1}  # what a machine i
 def picks(model: ModelConfig, train: TrainConfig) -> dict:
     """What the open choices of a run depend on beside the machine; no two runs that differ here share an arithmetic."""
     channels = train.batch_size * train.resolve(model).seq_len * model.hidden_size
+    flops = counts.train_flops(model, train)
     stackable = train.device == "cpu" and (train.threads or 1) == 1 and model.dropout == 0 and train.precision != "fp16"
     return {
-        "long": counts.train_flops(model, train) >= FLOPS_WORTH_COMPILING,
+        "long": flops >= FLOPS_WORTH_COMPILING,
         "stackable": stackable and channels <= STACKED_UP_TO,
+        "long_for_a_stack": flops >= FLOPS_WORTH_COMPILING_IN_A_STACK,
     }
 
 
@@ -59,15 +62,16 @@ def resolve(train: TrainConfig, model: ModelConfig, in_stacks: bool = False) -> 
     if train.compile:
         _need_compiler()
     open_choice = train.precision == "auto" or train.compile is None
+    stacked = in_stacks and pick["stackable"]
+    long = pick["long_for_a_stack"] if stacked else pick["long"]
     if device.type == "cuda":
         found = _findings_on_gpu()
     else:
-        found = findings() if open_choice and pick["long"] else PLAIN
-    stacked = in_stacks and pick["stackable"]
+        found = findings() if open_choice and long else PLAIN
     compiles = train.compile
     if compiles is None:
         compiler = device.type == "cuda" or cpp_compiler() is not None
-        compiles = found["compile"] and pick["long"] and compiler and not stacked
+        compiles = found["compile"] and long and compiler
     precision = ("bf16" if found["bf16"] else "fp32") if train.precision == "auto" else train.precision
     return {
         "device": str(device),
@@ -105,8 +109,7 @@ def machine(device: str = "cpu") -> dict:
 def findings() -> dict:
     """What was measured on this machine, once: ``bf16``, ``compile``, ``query_blocks`` (see ``probe``). Kept in the lab's
     cache. Measured in a process of its own, since what is compiled depends on the threads of the process."""
-    key = files.sha256_bytes(files.canonical_json(machine()).encode())[:16]
-    path = files.home() / "machines" / f"{key}.json"
+    path = _kept_findings()
     with contextlib.suppress(OSError, ValueError, TypeError):
         known = json.loads(path.read_text())
         return {name: type(value)(known[name]) for name, value in PLAIN.items()}
@@ -121,6 +124,25 @@ def findings() -> dict:
         return dict(PLAIN)
     files.write_whole(path, json.dumps(known, indent=1) + "\n")
     return {name: known[name] for name in PLAIN}
+
+
+def _kept_findings() -> Path:
+    key = files.sha256_bytes(files.canonical_json(machine()).encode())[:16]
+    return files.home() / "machines" / f"{key}.json"
+
+
+def gain(arithmetic: dict) -> float:
+    """How many times as fast as eager fp32 a step of this arithmetic was in the probe of this machine; 1 where that did
+    not try it."""
+    if not arithmetic["compile"]:
+        return 1.0
+    way = "compiled" + (", bf16" if arithmetic["precision"] == "bf16" else "")
+    way += ", 2-block attention" if arithmetic["query_blocks"] == 2 else ""
+    try:
+        took = json.loads(_kept_findings().read_text())["seconds_per_step"]
+        return took["eager"] / took[way]
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+        return 1.0
 
 
 def _findings_on_gpu() -> dict:
@@ -163,6 +185,9 @@ def prepare_to_compile() -> None:
     import torch._dynamo
 
     torch._dynamo.config.force_parameter_static_shapes = False  # a stack's weights have its height as first dimension
+    # Only the sizes that stack.py names may vary within one code. Else, after a second model in the same process, Dynamo
+    # would make one code for all widths, half again as slow, whose bits depend on what was compiled before it.
+    torch._dynamo.config.automatic_dynamic_shapes = False
     # Every shape of a sweep is one more entry for the same code. With fullgraph=True a full table is an error.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 1024)

@@ -216,8 +216,8 @@ def fit(
     power             L(x) = E + A / x^alpha in the one column given, or along the frontier of compute
 
     A rule of --drop compares params, tokens, loss, flops, epochs or any column of the file with a value, as in "loss>4" or
-    "params<1e6 and tokens<1e7"; the rule `bad` leaves out rows without positive, finite numbers. The report names every row
-    left out.
+    "params<1e6 and status!=finished"; the rule `bad` leaves out rows without positive, finite numbers. Nothing else is left
+    out but a first line of units, and the report names every line left out.
     """
     from tinylm.study.tables import fit_file
 

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import math
+import mmap
 import os
 import signal
 import sys
@@ -36,6 +37,7 @@ from tinylm.stack import Lane, Stack, Update
 from tinylm.words import in_kernel
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
+WINDOWS_MAPPED = 256  # windows read before the pages of a memory map are given back
 
 
 class TextDataset:
@@ -71,6 +73,10 @@ class TextDataset:
             )
         self.tokens, self.max_seq_len, self.stride = tokens, max_seq_len, stride
         self._windows = sliding_window_view(tokens, max_seq_len + 1)[::stride]  # a view: nothing is copied or read
+        releasable = (
+            hasattr(mmap, "MADV_DONTNEED") and getattr(tokens, "mode", None) == "r"
+        )  # nothing of it can be lost
+        self._map, self._gathered = tokens._mmap if releasable else None, 0
 
     def __len__(self) -> int:
         return len(self._windows)
@@ -82,6 +88,11 @@ class TextDataset:
     def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """Windows by number (B,), gathered at once: inputs (B, T) and targets (B, T), int64."""
         windows = torch.from_numpy(self._windows[indices].astype(np.int64))
+        self._gathered += len(indices)
+        if self._map is not None and self._gathered >= WINDOWS_MAPPED:
+            # Or the process would grow by the whole text. The system keeps the pages, so that nothing is read from disk again.
+            self._map.madvise(mmap.MADV_DONTNEED)
+            self._gathered = 0
         return windows[:, :-1], windows[:, 1:]
 
     def covered(self, indices: np.ndarray) -> int:

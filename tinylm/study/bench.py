@@ -966,7 +966,8 @@ def run(
 
     only: of ``MEASURES``, or ("report",) to draw anew without measuring. results_dir: None is results/bench/<machine>,
     for the smoke preset results/local/bench/<machine>. rounds: other than the preset's. force: measure also where the
-    machine is busy, and say so in the report. Each section is written when it is measured.
+    machine is busy, and say so in the report; parity compares losses, and needs no idle machine. Each section is written
+    when it is measured.
 
     Raises LabError where the machine is busy, a name is unknown, transformers is needed and missing, or a measurement
     does not end well.
@@ -989,7 +990,7 @@ def run(
         place = ("bench",) if preset.name == "full" else ("local", "bench")
         results_dir = repository().joinpath("results", *place, machine_name())
     folder, names = Path(results_dir), [name for name in MEASURES if name in only]
-    reasons = busy() if names else []
+    reasons = busy() if set(names) - {"parity"} else []  # a loss is the same on a busy machine
     if reasons and not force:
         raise LabError(
             "A bench measures an idle machine, and no study may run beside it",
@@ -1084,7 +1085,8 @@ def peaks(turns: Sequence[dict]) -> dict[str, dict[str, float]]:
 
 
 def training_table(data: dict) -> object:
-    """Of the training section: ``summarise``, FLOP/s, and the shares of both peaks and of the higher one."""
+    """Of the training section: ``summarise``, FLOP/s, the shares of both peaks and of the higher one, and ``ratio_limit``, the
+    ratio of a step that did nothing but matrix products, at that higher peak."""
     limits, shapes = peaks(data["turns"]), data["shapes"]
     table = summarise([turn for turn in data["turns"] if not turn["contender"].startswith("square ")], BASE)
     table["path"] = [_about(data, row.case, row.contender).get("path") for row in table.itertuples()]
@@ -1093,7 +1095,10 @@ def training_table(data: dict) -> object:
     for name, dtype in (("fp32", "float32"), ("bf16", "bfloat16")):
         table[f"peak_{name}"] = [limits[case][dtype] for case in table["case"]]
         table[f"share_{name}"] = table["flops"] / table[f"peak_{name}"]
-    table["share"] = table["flops"] / table[["peak_fp32", "peak_bf16"]].max(axis=1)
+    peak = table[["peak_fp32", "peak_bf16"]].max(axis=1)
+    table["share"] = table["flops"] / peak
+    peer = table[table["contender"] == BASE].set_index("case")["flops"]
+    table["ratio_limit"] = peak / table["case"].map(peer)
     return table
 
 
@@ -1202,7 +1207,11 @@ def _tell_measured(report, sections: dict[str, dict]) -> None:
         if len(found):
             value = float(found[measure].iloc[0])
             reached = "aim" if value >= aim else "must" if value >= must else "below"
-            rows.append({"figure": what, "case": case, "measured": value, "must": must, "aim": aim, "reached": reached})
+            limit = float(found["ratio_limit"].iloc[0]) if section == "training" and measure == "ratio" else None
+            rows.append(
+                {"figure": what, "case": case, "measured": value, "must": must, "aim": aim, "reached": reached}
+                | {"limit here": "–" if limit is None else f"{limit:.2f}"}
+            )
     if rows:
         at_least = sum(row["reached"] != "below" for row in rows)
         aims = sum(row["reached"] == "aim" for row in rows)
@@ -1215,8 +1224,17 @@ def _tell_measured(report, sections: dict[str, dict]) -> None:
         report.table(
             pd.DataFrame(rows),
             "goals",
-            "Medians; ratios are taken within each round.",
-            **{"figure": "", "case": "", "measured": ".2f", "must": ".2f", "aim": ".2f", "reached": ""},
+            "Medians; ratios are taken within each round. Limit here: the ratio of a step that did nothing but matrix products, "
+            "each as fast as the largest square product on this machine in the precision that suits it better.",
+            **{
+                "figure": "",
+                "case": "",
+                "measured": ".2f",
+                "must": ".2f",
+                "aim": ".2f",
+                "reached": "",
+                "limit here": "",
+            },
         )
     report.section("How it was measured")
     one = next(iter(sections.values()))

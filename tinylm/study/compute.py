@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from tinylm import corpora, counts, files
 from tinylm.errors import LabError, TextError
 from tinylm.study import doctor, planner, plots, quickstart, scaling
 from tinylm.study.design import (
+    LADDER,
     SIZE_GROWTH,
     Point,
     best_runs,
@@ -40,12 +42,14 @@ from tinylm.study.sweep import sweep
 @dataclass(frozen=True)
 class Preset(quickstart.Preset):
     """A quickstart preset with more asked of it. tuned_up_to: FLOPs up to which every size has a bracket of learning rates;
-    repeated: budgets with three seeds, besides the smallest; batches: budgets at which half and twice the batch is tried."""
+    repeated: budgets with three seeds, besides the smallest; batches: budgets at which half and twice the batch is tried;
+    promised: minutes of plans that are trained at once, to hold what they promised against what came."""
 
     beyond: float = 5.0
     tuned_up_to: float = 1e12
     repeated: tuple[float, ...] = ()
     batches: tuple[float, ...] = ()
+    promised: tuple[float, ...] = ()
 
 
 PRESETS = {
@@ -58,10 +62,12 @@ PRESETS = {
         tuned_up_to=8e9,
         repeated=(8e9,),
         batches=(4e9, 8e9),
+        promised=(0.005, 0.01),
     ),
     "quick": Preset((1e11, 3.2e11, 1e12), tuned_up_to=3.2e11, repeated=(3.2e11,), batches=(1e11, 3.2e11)),
     "full": Preset(
-        (1e11, 3.2e11, 1e12, 3.2e12, 1e13, 3.2e13), threads=2, repeated=(1e12, 3.2e12), batches=(1e11, 1e12, 3.2e12)
+        (1e11, 3.2e11, 1e12, 3.2e12, 1e13, 3.2e13), threads=2, repeated=(1e12, 3.2e12), batches=(1e11, 1e12, 3.2e12),
+        promised=(1, 2, 4),
     ),
 }
 
@@ -652,9 +658,57 @@ class ComputeScaling(quickstart.ComputeStudy):
             f"({span}; {floor.status}), {off}."
         )
 
+    def keep_promises(self) -> None:
+        """Plans of a few minutes, trained at once: what the planner promised against what came."""
+        self.kept: list[pd.DataFrame] = []
+        if not self.preset.promised:
+            return
+        path = self.folder / "tables" / "promised.json"
+        if not path.exists():  # written before the runs, so that a later start holds the same promises against them
+            speed = self.speed_for(self.preset.promised)
+            plans = [self.evidence.plan(self.recipe, seconds=60 * m, speed=speed) for m in self.preset.promised]
+            said = [
+                {"minutes": minutes, "threads": speed.threads}
+                | {name: getattr(plan, name) for name in ("hidden_size", "num_layers", "tokens", "seconds")}
+                | {name: float(getattr(plan, name)) for name in ("loss", "low", "high")}
+                for minutes, plan in zip(self.preset.promised, plans, strict=True)
+            ]
+            files.write_whole(path, json.dumps(said, indent=1) + "\n")
+        rows = []
+        for said in json.loads(path.read_text()):
+            shape = next(s for s in LADDER if s[:2] == (said["hidden_size"], said["num_layers"]))
+            point = Point(shape, said["tokens"], "promised")
+            rate = self.rule_rate(shape, point.tokens)
+            self.kept.append(self.train(self.runs_at(point, [rate], threads=said["threads"])))  # one at a time
+            row = self.kept[-1].iloc[0]
+            rows.append(
+                {"minutes": said["minutes"], "model": f"{shape[0]} x {shape[1]}", "tokens": point.tokens,
+                 "promised": said["seconds"], "took": row.seconds, "time_off": 100 * (row.seconds / said["seconds"] - 1),
+                 "loss": said["loss"], "low": said["low"], "high": said["high"], "got": row.val_loss,
+                 "loss_off": 100 * (row.val_loss / said["loss"] - 1), "inside": said["low"] <= row.val_loss <= said["high"]}
+            )  # fmt: skip
+        table = pd.DataFrame(rows)
+        told = (
+            f"{len(table)} plans of {' and '.join(f'{minutes:g}' for minutes in table.minutes)} minutes took "
+            f"{table.time_off.min():+.0f} % to {table.time_off.max():+.0f} % more time than they promised, and came "
+            f"{table.loss_off.min():+.2f} % to {table.loss_off.max():+.2f} % above the loss that they promised, "
+            f"{int(table.inside.sum())} of {len(table)} inside their intervals"
+        )
+        self.report.section("Promises")
+        self.report.text(
+            f"Plans of a few minutes with all cores of this machine, trained as soon as they were made: {told}. Their runs fitted "
+            "nothing."
+        )
+        self.report.table(
+            table, "promises", "Seconds and loss (nats per token, with the 95 % interval for one run) as planned, and as they "
+            "came; by how many percent they were above", minutes="g", model="", tokens=",d", promised=".0f", took=".0f",
+            time_off="+.1f", loss=".3f", low=".3f", high=".3f", got=".3f", loss_off="+.2f", inside="",
+        )  # fmt: skip
+        self.checks.append(f"{told}.")
+
     def end(self) -> None:
         self.findings += self.checks
-        self.finish([self.frame, self.noise, self.batches, self.final])
+        self.finish([self.frame, self.noise, self.batches, self.final, *self.kept])
 
 
 def _at_rule(family: pd.DataFrame) -> pd.DataFrame:
@@ -773,7 +827,7 @@ def _draw_looking_back(table: pd.DataFrame, ax: object) -> None:
     ways = {
         "surface_error_percent": "surface",
         "curve_error_percent": "curve L(C) with a floor",
-        "line_error_percent": "line without",
+        "line_error_percent": "line L(C) without",
     }
     ways["error_percent"] = "the forecast"
     ax.axhline(0, color=plots.GREY, linewidth=1)
@@ -784,7 +838,7 @@ def _draw_looking_back(table: pd.DataFrame, ax: object) -> None:
             )
     ax.set_xscale("log")
     ticks = sorted({10 ** (round(2 * math.log10(reach)) / 2) for reach in table.reach})
-    ax.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
+    ax.set_xticks(ticks, [f"{tick:.2g}" if tick < 10 else f"{tick:.0f}" for tick in ticks])
     ax.minorticks_off()
     ax.set_xlabel("reach (compute foretold over the largest fitted)")
     ax.set_ylabel("observed above forecast (%)")

@@ -7,6 +7,7 @@ law of repetition can be told from these runs.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,11 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from tinylm import counts
+from tinylm import counts, files
 from tinylm.config import TrainConfig
 from tinylm.errors import TextError
 from tinylm.study import doctor, planner, plots, scaling
-from tinylm.study.design import Point, best_runs, bracket, tune
+from tinylm.study.design import Point, best_runs, bracket, rung_sizes, tune
 from tinylm.study.parameters import DataParameters
 from tinylm.study.report import interval
 from tinylm.study.runs import Run
@@ -272,21 +273,22 @@ class DataStudy(SectionStudy):
         self.report.text(
             "Every amount of text lies inside every larger one. `once` is the loss after one epoch, `best` the lowest loss of a "
             "run that had its whole schedule, over the epochs tried; `early` the lowest seen at all, the middle of a schedule "
-            "included: what stopping in time would give, and part of no law here. Where the most epochs tried are fewer than "
-            f"{self.most}, longer runs would have cost too much (no run reads more than {quantity(self.preset.longest)} tokens), "
-            "and the laws of the best leave these amounts out."
+            "included: what stopping in time would give, and part of no law here. The laws of the best leave out the amounts that "
+            f"were read fewer than {self.most} times at most: some serve the curve of fresh text alone, and no run reads more than "
+            f"{quantity(self.preset.longest)} tokens."
         )
         self.report.table(
             self.amounts, "amounts", "Loss (nats per token) by size and distinct tokens", size="", amount=",.0f", once=".3f",
             best_passes="d", tried="d", best=".3f", gain="+.3f", early=".3f",
         )  # fmt: skip
-        told, drawn = {}, []
+        told, chosen, drawn = {}, [], []
         for what, laws in (("once", self.once_laws), ("best", self.best_laws)):
             for size, kinds in laws.items():
                 told |= {f"{what}, {size}, {kind}": doctor.diagnose(fit, bootstrap=0) for kind, fit in kinds.items()}
+                chosen.append(f"{what}, {size}, {preferred(kinds)}")
         self.show_verdicts(
-            "laws", "L(D) = A / D^alpha without and E + A / D^alpha with a floor, D the distinct tokens, with 95 % intervals and "
-            "the verdict on each parameter", told,
+            "laws", "L(D) = A / D^alpha, or E + A / D^alpha with a floor where Akaike's criterion for few points prefers it, D the "
+            "distinct tokens, with 95 % intervals and the verdict on each parameter", told, chosen,
         )  # fmt: skip
         for laws in (self.once_laws, self.best_laws):
             drawn.append({size: kinds[preferred(kinds)] for size, kinds in laws.items()})
@@ -300,6 +302,14 @@ class DataStudy(SectionStudy):
                 f"{size}: {value:.3f} ({interval(low, high)})" for size, (value, low, high) in factors.items()
             )
             self.findings.append(f"Twice the text, read {what}, multiplies the loss at the largest amounts by: {said}.")
+        helped = "; ".join(
+            f"{size}: {', '.join(f'{quantity(row.amount)} {row.best_passes}' for row in rows.itertuples())}"
+            for size, rows in repeated.groupby("size", sort=False)
+        )
+        self.findings.append(
+            f"The epochs that served best, of up to {self.most} tried, by distinct tokens, among runs that had their whole "
+            f"schedule: {helped}."
+        )
 
     @staticmethod
     def _draw_amounts(axes: object, drawn: list[dict[str, scaling.Fit]]) -> None:
@@ -355,17 +365,22 @@ class DataStudy(SectionStudy):
                 }
             )  # fmt: skip
         self.overfit = pd.DataFrame(rows)
-        harmed = self.overfit[self.overfit.rise > 2 * 2**0.5 * self.seed_sd]
-        self.report.text(
-            "The longest run of each amount, as it went: training loss (on text read before, from the second epoch on) and "
-            "validation loss part where the model begins to learn by heart. The step that both take towards the end is the "
-            "learning rate coming down. "
-            + (
-                f"In {len(harmed)} of {len(self.overfit)} runs the validation loss had risen, beyond chance, when they ended or "
-                "were stopped: the smaller the text for the size, the sooner."
-                if len(harmed)
-                else "In none of them did the validation loss rise beyond chance."
+        harmed = self.overfit[self.overfit.rise > 1.96 * 2**0.5 * self.seed_sd]
+        told = (
+            f"In {len(harmed)} of {len(self.overfit)} runs the validation loss had risen, by more than two runs differ by chance, "
+            "when they ended or were stopped"
+        )
+        if len(harmed):
+            first = harmed.loc[harmed.tokens_per_parameter.idxmax()]
+            told += (
+                f": all of them on {first.tokens_per_parameter:.2g} distinct tokens a parameter or fewer, and lowest after "
+                f"{harmed.best_epochs.min():.1f} to {harmed.best_epochs.max():.1f} epochs"
             )
+        told += "."
+        self.findings.append(told)
+        self.report.text(
+            "The longest run of each amount, as it went. Training loss (on text read before, from the second epoch on) and "
+            "validation loss part where the model begins to learn by heart. " + told
         )
         self.report.figure(
             "overfitting", "Validation and training loss while the text is read again and again",
@@ -406,14 +421,15 @@ class DataStudy(SectionStudy):
             lambda axes: plots.worth(self.worth, axes), size=(3.2 * self.sizes + 1.4, 3.5), panels=self.sizes,
         )  # fmt: skip
         for epoch, rows in self.passes.groupby("epoch"):
-            known = rows.dropna(subset=["share"])
-            if len(known):
-                low, high = known.loc[known.share.idxmin()], known.loc[known.share.idxmax()]
-                self.findings.append(
-                    f"The {_ORDINALS[epoch]} epoch brings {rows.nats.min():.3f} to {rows.nats.max():.3f} nats. It is worth between "
-                    f"{_share(low)} of as much new text ({low['size']}, {quantity(low.amount)} distinct tokens) and {_share(high)} "
-                    f"({high['size']}, {quantity(high.amount)})."
-                )
+            known = rows.dropna(subset=["share"]).sort_values("share")
+            brings = f"{rows.nats.min():.3f} to {rows.nats.max():.3f}" if len(rows) > 1 else f"{rows.nats.iloc[0]:.3f}"
+            told = (
+                [_share(row) for _, row in known.iloc[[0, -1] if len(known) > 1 else [0]].iterrows()]
+                if len(known)
+                else []
+            )
+            stands = f" In new text it is worth {' to '.join(told)} of the text itself." if told else ""
+            self.findings.append(f"The {_ORDINALS[epoch]} epoch brings {brings} nats.{stands}")
 
     def fit_repetition(self) -> None:
         """The law of Muennighoff et al. 2023, whether its constants are identified, and what simpler laws leave over."""
@@ -519,6 +535,14 @@ class DataStudy(SectionStudy):
         return f"{allowed}; the published {published:g} is {'one of them' if low <= published <= high else 'not among them'}."
 
     def end(self) -> None:
+        """The laws as the planner takes them, and the report."""
+        rule = scaling.learning_rate_rule(self.frame, by=("hidden_size", "num_layers", "amount", "passes"))
+        ladder = rung_sizes(self.recipe, self.settings.vocab_size)
+        known = planner.Evidence(
+            self.law.surface(), rule, ladder, self.seed_sd, float(self.places.flops.max()), self.corpus["tokens"]["train"],
+            repetition=planner.Repetition.of(self.law, f"this study of {self.corpus['name']}"),
+        )  # fmt: skip
+        files.write_whole(self.folder / "tables" / "law.json", json.dumps(known.to_dict()) + "\n")
         self.finish([self.frame, self.others, self.noise])
 
 
@@ -527,7 +551,8 @@ _SHOWN = ("R_D", "R_N", "beta")
 
 
 def _share(row: pd.Series) -> str:
-    return f"{row.share:.0%} ({row.share_low:.0%} to {row.share_high:.0%})"
+    where = f"{row['size']}, {quantity(row.amount)} distinct tokens"
+    return f"{row.share:.0%} ({row.share_low:.0%} to {row.share_high:.0%}; {where})"
 
 
 # ------------------------------------------------------------------------------------------------- the worth of an epoch
@@ -562,10 +587,10 @@ def fresh_worth(places: pd.DataFrame, seed_sd: float, freedom: int, seed: int = 
     rows = []
     for index, row in whole.iterrows():
         losses = np.concatenate([[row.end_loss], drawn[index]])
-        lengths = _crossing(grid, curves, losses) - math.log(row.unique_tokens)
-        if row.passes == 1:
-            lengths = np.zeros(draws + 1)
-        beyond = losses[0] < curves[:, 0].min() or losses[0] > curves[0, 0]
+        lengths, beyond = np.zeros(draws + 1), False
+        if row.passes > 1:
+            lengths = _crossing(grid, curves, losses) - math.log(row.unique_tokens)
+            beyond = not curves[:, 0].min() <= losses[0] <= curves[0, 0]
         low, high = np.exp(np.quantile(lengths[1:], [0.025, 0.975]))
         rows.append(
             {

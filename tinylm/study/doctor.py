@@ -251,11 +251,12 @@ def outliers(fit: Fit) -> tuple[np.ndarray, dict[str, float]]:
     for _ in range(5):
         residual = problem.y - form.evaluate(theta, problem.X)[0][0]
         before, far = far, np.abs(residual) > max(OUTLYING * robust_sd(residual[~far]), 1e-9)
-        if (far == before).all() or (~far).sum() <= len(form.params) + 1:
+        # A quarter of all rows are not outliers but another law, and too few others give none.
+        if not far.any() or far.mean() > 0.25 or (~far).sum() <= len(form.params) + 1:
+            return np.zeros(fit.n, bool), {}
+        if (far == before).all():
             break
         theta, _ = problem.minimise(theta, np.where(far, 0.0, problem.w))
-    if not far.any() or far.mean() > 0.25:  # a quarter of all rows are not outliers but another law
-        return np.zeros(fit.n, bool), {}
     without = form.natural(theta, problem.centre).iloc[0].to_dict()
     if "beta" in without:
         without["a"] = without["beta"] / (without["alpha"] + without["beta"])
@@ -531,9 +532,8 @@ def _verdict(name, value, interval, profile, own, fit, without, far, moved, free
     if concerned:
         fall("not identified", concerned[0])
     elif freedom < 3:
-        fall(
-            "weak" if freedom > 0 else "not identified", f"{freedom} rows more than parameters: nothing checks the law"
-        )
+        more = f"{freedom} row{'' if freedom == 1 else 's'} more than parameters"
+        fall("weak" if freedom > 0 else "not identified", f"{more}: nothing checks the law")
     if own != "identified" and not concerned:
         if low <= 1e-3 * value <= high or low <= 0:
             reasons.append("its interval reaches zero: these rows do not show that the term is there")
@@ -570,7 +570,7 @@ def _verdict(name, value, interval, profile, own, fit, without, far, moved, free
         wide = f"within a factor of {high / low:.3g}" if name in COEFFICIENTS else _percent(low, high, value)
         alone = ", and no rung decides it" if len(moved) else ""
         reasons.insert(0, f"{wide}; the objective rises on both sides{alone}")
-    return worst, "; ".join(reasons)
+    return worst, "; ".join(reason.rstrip(".") for reason in reasons)
 
 
 def _percent(low: float, high: float, value: float) -> str:

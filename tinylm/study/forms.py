@@ -396,19 +396,19 @@ def _minimise_chunk(form, theta, X, y, w, delta, steps, tolerance, basis):
 
 
 def deltas(objective: str, delta: float) -> list[float]:
-    """The deltas to minimise at, in order: smooth least squares first, so that starts do not strand on kinks."""
+    """The deltas to minimise at, in order: smooth least squares first, then tenfold smaller ones, so that starts do not
+    strand on kinks, nor creep where outliers had drawn them."""
     if objective == "lsq":
         return [np.inf]
-    if objective == "huber":
-        return [np.inf, delta]
-    return [np.inf, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, LAD_DELTA]
+    last = delta if objective == "huber" else LAD_DELTA
+    return [np.inf, *(10.0**k for k in range(-1, -8, -1) if 10.0**k > 2 * last), last]
 
 
-def solve(form, starts, X, y, w, objective, delta, held=None) -> tuple[np.ndarray, np.ndarray]:
-    """``minimise`` along the ``deltas`` of an objective: theta (S, p) and the last objectives (S,)."""
+def solve(form, starts, X, y, w, path: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    """``minimise`` along a path of ``deltas``: theta (S, p) and the last objectives (S,)."""
     theta = starts
-    for d in deltas(objective, delta):
-        theta, value = minimise(form, theta, X, y, w, d, steps=200 if d in (np.inf, delta) else 60, held=held)
+    for d in path:
+        theta, value = minimise(form, theta, X, y, w, d, steps=200 if d in (np.inf, path[-1]) else 60)
     return theta, value
 
 

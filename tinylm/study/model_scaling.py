@@ -207,12 +207,12 @@ class ModelStudy(SectionStudy):
             rows.append(
                 {
                     "N": counts_of[column], "law": kind, "points": fit.n,
-                    "residual": _rms(fit.data.observed - fit.data.predicted), "left_out": _rms(errors), 
+                    "residual": _rms(fit.data.observed - fit.data.predicted), "left_out": _rms(errors),
                     "largest_left_out": errors[-1], "aicc": aicc(fit),
                 }
             )  # fmt: skip
         table = pd.DataFrame(rows)
-        table["aicc"] -= table.aicc.min()
+        table["aicc"] = (table.aicc - table.aicc.min()).replace(math.inf, math.nan)
         self.size_laws = fits
         total = {kind: fit for (column, kind), fit in fits.items() if column == "params_total"}
         chosen = total[preferred(total)]
@@ -294,9 +294,10 @@ class ModelStudy(SectionStudy):
             params_total=",.0f", off_percent="+.2f", flops=".3g", learning_rate=".3g", val_loss=".3f", costs="+.3f",
         )  # fmt: skip
         self.report.table(
-            self.depth, "depth", "The best number of layers of each family and its hidden size over layers, with 95 % intervals",
+            self.depth, "depth", "The best number of layers of each family and its hidden size over layers, with 95 % intervals; "
+            "p is the chance that seeds alone make the losses of the family differ so much",
             family="", params="", layers=".2g", layers_low=".2g", layers_high=".2g", ratio=".3g", ratio_low=".3g",
-            ratio_high=".3g", loss=".3f", inside="", one_layer_costs="+.3f", deepest_costs="+.3f",
+            ratio_high=".3g", loss=".3f", inside="", one_layer_costs="+.3f", deepest_costs="+.3f", p=".2g",
         )  # fmt: skip
         titles = self.depth.assign(title=[f"{row.params} parameters" for row in self.depth.itertuples()])
         self.report.figure(
@@ -305,15 +306,14 @@ class ModelStudy(SectionStudy):
             panels=len(titles),
         )  # fmt: skip
         for row in self.depth.itertuples():
-            found = (
-                f"about {row.layers:.2g} layers ({row.layers_low:.2g} to {row.layers_high:.2g}), a hidden size of {row.ratio:.3g} "
-                f"times the layers ({row.ratio_low:.3g} to {row.ratio_high:.3g})"
-                if row.inside
-                else f"no minimum inside the layers tried: the best tried has {row.layers:.0f}"
-            )
+            found = f"no minimum inside the layers tried: the best tried has {row.layers:.0f}"
+            if row.inside:
+                found = f"about {row.layers:.2g} layers ({_ends(row.layers_low, row.layers_high)}), a hidden size of "
+                found += f"{row.ratio:.3g} times the layers ({_ends(row.ratio_low, row.ratio_high)})"
+            told = "beyond chance" if row.p < 0.05 else "no more than chance can"
             self.findings.append(
-                f"At {row.params} parameters the best shape has {found}; one layer costs {row.one_layer_costs:+.3f} nats and "
-                f"{row.deepest} layers {row.deepest_costs:+.3f}."
+                f"At {row.params} parameters the best shape has {found}; one layer costs {row.one_layer_costs:.3f} nats and "
+                f"{row.deepest} layers {row.deepest_costs:.3f}. The losses of the family differ {told} (p = {row.p:.2g})."
             )
 
     def family(self, base: tuple[int, int, int], layers: tuple[int, ...]) -> pd.DataFrame:
@@ -351,9 +351,10 @@ class ModelStudy(SectionStudy):
         self.report.text(
             f"One law, L = E + A / x^alpha, is fitted to all {len(shapes)} shapes with x each notion of size in turn. The ladder "
             "alone could not tell them apart, since its notions rise together; the families can: at equal parameters "
-            f"hidden_size x num_layers changes by up to {wider:.1f} times, and the loss by up to {families.costs.max().max():.3f} nats. "
-            " `left out` is the error on a shape that the fit was not shown; `wins` is how often a notion has the smallest "
-            f"such error when the shapes are drawn again, with replacement: near 100 % it is sure, near {100 / len(table):.0f} % a toss."
+            f"hidden_size x num_layers changes by up to {wider:.1f} times, and the loss by up to "
+            f"{families.costs.max().max():.3f} nats. `left out` is the error on a shape that the fit was not shown; `wins` is how "
+            "often a notion has the smallest such error when the shapes are drawn again, with replacement: near 100 % it is sure, "
+            f"near {100 / len(table):.0f} % a toss."
         )
         self.report.table(
             table.reset_index(drop=True), "notions", "Notions of size x in L = E + A / x^alpha: residual and error on a shape left "
@@ -367,11 +368,13 @@ class ModelStudy(SectionStudy):
         )  # fmt: skip
         best, second = table.left_out.sort_values().index[:2]
         sure = table.wins[best]
+        rival = table.aicc.drop(best).min() - table.aicc[best]
         verdict = (
             f"loss follows {NOTIONS[best].words} best: its error on a shape left out is {table.left_out[best]:.4f} nats, "
-            f"{NOTIONS[second].words} comes next with {table.left_out[second]:.4f}, and it wins in {sure:.0f} % of the redrawn sets"
+            f"{NOTIONS[second].words} comes next with {table.left_out[second]:.4f}; it wins in {sure:.0f} % of the redrawn sets, "
+            f"and Akaike's criterion puts it {abs(rival):.1f} {'before' if rival > 0 else 'behind'} the best of the others"
         )
-        standing = "settled here" if sure > 95 else "likely, not sure" if sure > 70 else "not settled"
+        standing = "settled here" if sure > 95 and rival > 6 else "likely, not sure" if sure > 70 else "not settled"
         counted, other = table.loc[["params_total", "params_non_embedding"]].left_out.sort_values().index
         share = win_shares({name: errors[name] for name in (counted, other)}, self.settings.seed)[counted]
         self.report.text(
@@ -393,14 +396,14 @@ class ModelStudy(SectionStudy):
             "h² L)", lambda ax: self._draw_exponent(ax, profile), size=(5.2, 3.4),
         )  # fmt: skip
         allowed = [name for name, value in (("h L", 1), ("h² L", 2)) if low <= value <= high]
-        told = (
-            f"{' and '.join(allowed)} {'are' if len(allowed) > 1 else 'is'} allowed"
-            if allowed
-            else "neither is allowed"
-        )
+        told = [
+            "neither h L nor h² L is allowed",
+            f"only {' '.join(allowed)} is allowed",
+            "h L and h² L are both allowed",
+        ]
         said = f"with size as a product h^p L of hidden size and layers, p = {power:.1f} fits best (95 % {_open(low, high)})"
-        self.report.text(f"Between h L (p = 1) and h² L (p = 2): {said}; {told} by these shapes.")
-        self.findings.append(f"{said[0].upper()}{said[1:]}; of h L and h² L {told}.")
+        self.report.text(f"Between h L (p = 1) and h² L (p = 2): {said}; {told[len(allowed)]} by these shapes.")
+        self.findings.append(f"{said[0].upper()}{said[1:]}; {told[len(allowed)]}.")
 
     @staticmethod
     def _draw_exponent(ax: object, profile: pd.DataFrame) -> None:
@@ -440,7 +443,8 @@ def best_depth(family: pd.DataFrame, seed_sd: float, freedom: int, seed: int = 0
 
     family: as ``ModelStudy.family`` gives it, three models at least. seed_sd (nats), freedom: the spread between seeds and its
     degrees of freedom. Where the parabola has no minimum between the fewest and the most layers, ``inside`` is false and the
-    best model tried stands there; redrawn minima outside count as infinitely far out.
+    best model tried stands there; redrawn minima outside count as infinitely far out. ``p``: the chance that seeds alone make
+    the losses differ so much (an F test of their variance).
     """
     x, losses = np.log(family.num_layers.to_numpy(float)), family.val_loss.to_numpy(float)
     rng = np.random.default_rng(seed)
@@ -464,6 +468,7 @@ def best_depth(family: pd.DataFrame, seed_sd: float, freedom: int, seed: int = 0
         "layers_low": float(np.exp(low)), "layers_high": float(np.exp(high)), "ratio": ratio, "ratio_low": ratio_low,
         "ratio_high": ratio_high, "loss": float(np.polyval([a[0], b[0], c[0]], at)) if inside else losses[lowest],
         "inside": inside, "a": a[0], "b": b[0], "c": c[0], "one_layer_costs": losses[0] - losses.min(),
+        "p": float(stats.f.sf(losses.var(ddof=1) / seed_sd**2, len(x) - 1, freedom)),
         "deepest": int(family.num_layers.iloc[-1]), "deepest_costs": losses[-1] - losses.min(),
     }  # fmt: skip
 
@@ -503,6 +508,15 @@ def _rms(errors: object) -> float:
 
 def _ratio(model: ModelConfig) -> str:
     return f"{model.intermediate_size / model.hidden_size:.2f}"
+
+
+def _ends(low: float, high: float) -> str:
+    """A 95 % interval whose ends may lie beyond what was tried (NaN)."""
+    if math.isnan(low) and math.isnan(high):
+        return "with no end within those tried"
+    if math.isnan(low) or math.isnan(high):
+        return f"{high:.3g} at most" if math.isnan(low) else f"{low:.3g} at least"
+    return f"{low:.3g} to {high:.3g}"
 
 
 def _open(low: float, high: float) -> str:

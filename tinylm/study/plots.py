@@ -867,21 +867,19 @@ def overfitting(curves: pd.DataFrame, ax: object = None) -> object:
 
 
 @_styled
-def worth(table: pd.DataFrame, ax: object = None, law: Callable[[np.ndarray], np.ndarray] | None = None) -> object:
+def worth(table: pd.DataFrame, ax: object = None) -> object:
     """How much new text so many epochs stand for, in units of the text itself: a panel a size, a colour an amount. On the
     grey line a repeated token is as good as a new one.
 
     table: one row a place, with size, amount, passes, worth, worth_low and worth_high (95 %); NaN where no measured length of
-    fresh text reaches that loss. law: passes in, worth out, drawn in black. Returns ``ax``, or the list of new axes."""
-    sizes, amounts = list(dict.fromkeys(table["size"])), sorted(table["amount"].unique())
+    fresh text reaches that loss. Returns ``ax``, or the list of new axes."""
+    sizes = list(dict.fromkeys(table["size"]))
     panels = _panels(ax, len(sizes), (3.6, 3.4))
-    known = table.dropna(subset=["worth"])
+    known = table.dropna(subset=["worth"]).query("passes > 1")  # one epoch is worth one by definition
+    amounts = sorted(known["amount"].unique())
     most = known["passes"].max() if len(known) else 2
     for panel, size in zip(panels, sizes, strict=True):
-        x = np.geomspace(1, most, 60)
-        panel.plot(x, x, color=GREY, linewidth=1)
-        if law is not None:
-            panel.plot(x, law(x), color="black", linewidth=1.2, linestyle="--")
+        panel.plot([1, most], [1, most], color=GREY, linewidth=1)
         for amount, group in known[known["size"] == size].groupby("amount"):
             index, group = amounts.index(amount), group.sort_values("passes")
             colour = _colour(index, len(amounts))
@@ -903,8 +901,6 @@ def worth(table: pd.DataFrame, ax: object = None, law: Callable[[np.ndarray], np
         for i, amount in enumerate(amounts)
     ]
     handles.append(Line2D([], [], color=GREY, linewidth=1, label="as good as new"))
-    if law is not None:
-        handles.append(Line2D([], [], color="black", linewidth=1.2, linestyle="--", label="fitted law"))
     _legend_beside(panels[-1], "distinct tokens", handles)
     return panels if ax is None else ax
 
@@ -925,29 +921,22 @@ def depths(frame: pd.DataFrame, best: pd.DataFrame, ax: object = None, error: fl
         panel.errorbar(layers, losses, yerr=error or None, fmt=_marker(i), color=colour, elinewidth=2, alpha=0.8)
         x = np.linspace(np.log(layers[0]), np.log(layers[-1]), 80)
         panel.plot(np.exp(x), row["a"] * x**2 + row["b"] * x + row["c"], color=colour, linewidth=1.2)
-        if np.isfinite(row["layers_low"]):
-            panel.plot(
-                [row["layers_low"], row["layers_high"]], [row["loss"]] * 2, color=colour, linewidth=6, alpha=0.3,
-                solid_capstyle="butt",
-            )  # fmt: skip
+        ends = [row["layers_low"], row["layers_high"]]
+        if np.isfinite(ends).any():  # an end that is not known lies beyond the layers tried
+            ends = [end if np.isfinite(end) else edge for end, edge in zip(ends, layers[[0, -1]], strict=True)]
+            panel.plot(ends, [row["loss"]] * 2, color=colour, linewidth=6, alpha=0.3, solid_capstyle="butt")
         panel.plot(
             row["layers"], row["loss"], "*", color=colour, markersize=13, markeredgecolor="black", markeredgewidth=0.7,
             markerfacecolor=colour if row["inside"] else "none", zorder=5,
         )  # fmt: skip
-        for layer, loss, width in zip(layers, losses, group["hidden_size"], strict=True):
-            panel.annotate(
-                f"{width:d} wide",
-                (layer, loss),
-                (0, 9),
-                textcoords="offset points",
-                ha="center",
-                fontsize=8,
-                color=GREY,
-            )
+        for layer, width in zip(layers, group["hidden_size"], strict=True):
+            rim = panel.get_xaxis_transform()
+            panel.annotate(f"{width:d}", (layer, 0.99), xycoords=rim, ha="center", va="top", fontsize=8, color=GREY)
+        panel.annotate("hidden size", (0.01, 0.93), xycoords="axes fraction", va="top", fontsize=8, color=GREY)
         _log(panel, "x", "layers", _plain)
         panel.xaxis.set_major_locator(ticker.FixedLocator(layers))
         panel.xaxis.set_minor_locator(ticker.NullLocator())
-        panel.margins(x=0.12, y=0.16)
+        panel.margins(x=0.12, y=0.2)
         panel.set_title(row["title"] if "title" in row else row["family"])
     panels[0].set_ylabel(LOSS)
     return panels if ax is None else ax
@@ -973,3 +962,29 @@ def notions(frame: pd.DataFrame, fits: dict[str, Fit], labels: dict[str, str], a
     panels[0].set_ylabel(LOSS)
     _legend_beside(panels[-1], "family")
     return panels if ax is None else ax
+
+
+@_styled
+def spreads(frame: pd.DataFrame, ax: Axes | None = None, by: str = "place", loss: str = "val_loss") -> Axes:
+    """How far runs that differ in their seed alone lie from the mean of their place: a line a place, a dot a run, and one
+    standard deviation either way."""
+    groups = list(frame.dropna(subset=[loss]).groupby(by, sort=False)[loss])
+    ax = _axes(ax, (6.8, 1.2 + 0.4 * len(groups)))
+    for i, (_, losses) in enumerate(groups):
+        away = np.sort(losses.to_numpy(float) - losses.mean())
+        ax.plot(
+            [-losses.std(), losses.std()], [i, i], color=COLOURS[0], linewidth=10, alpha=0.25, solid_capstyle="butt"
+        )
+        lift = 0.12 * (np.arange(len(away)) % 3 - 1)  # neighbours do not hide one another
+        ax.plot(away, i + lift, "o", color=COLOURS[1], markersize=5, markeredgecolor="white", markeredgewidth=0.5)
+        words = f"{losses.mean():.3f} ± {losses.std():.3f}"
+        ax.annotate(
+            words, (1.01, i), xycoords=("axes fraction", "data"), va="center", fontsize=9, annotation_clip=False
+        )
+    ax.axvline(0, color=GREY, linewidth=1)
+    ax.set_yticks(range(len(groups)), [str(name) for name, _ in groups])
+    ax.set_ylim(len(groups) - 0.4, -0.6)
+    ax.margins(x=0.1)
+    ax.grid(axis="y", visible=False)
+    ax.set_xlabel("loss away from the mean of its place (nats/token)")
+    return ax

@@ -288,12 +288,16 @@ class ComputeStudy(Study):
         path = self.folder / "speed.json"
         if path.exists():
             return planner.Speed(**json.loads(path.read_text()))
-        # To compile what is timed would take minutes of a study of minutes: only the full preset does.
-        plain = None if self.settings.preset == "full" else TrainConfig(precision="fp32", compile=False)
-        seconds = [60 * minutes for minutes in self.settings.minutes]
-        speed = self.evidence.speed_for(self.recipe, seconds, threads=os.cpu_count(), train=plain)
+        speed = self.speed_for(self.settings.minutes)
         files.write_whole(path, json.dumps(dataclasses.asdict(speed)) + "\n")
         return speed
+
+    def speed_for(self, minutes: tuple[float, ...]) -> planner.Speed:
+        """How fast this machine trains now what plans of so many minutes choose."""
+        # To compile what is timed would take minutes of a study of minutes: only the full preset does.
+        plain = None if self.settings.preset == "full" else TrainConfig(precision="fp32", compile=False)
+        seconds = [60 * each for each in minutes]
+        return self.evidence.speed_for(self.recipe, seconds, threads=os.cpu_count(), train=plain)
 
     def plan_next(self) -> None:
         """What to train next with the minutes that a person has, on this machine with all its cores."""

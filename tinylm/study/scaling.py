@@ -269,7 +269,7 @@ def prediction_interval(
         raise LabError("The spread between seeds must not be negative", f"seed_sd={seed_sd}")
     tails = (0.5 * (1 - LEVEL), 0.5 * (1 + LEVEL))
     if not seed_sd:
-        ends = [*np.quantile(draws, tails, axis=0)]
+        ends = [*np.quantile(draws, tails, axis=0, method="weibull")]  # right on average for few draws too
     else:
         ends = []
         for tail in tails:
@@ -332,8 +332,8 @@ def design_faults(form: PowerSum, X: np.ndarray, names: Sequence[str]) -> list[t
     """What the rows' places alone rule out, before any loss is looked at: sentences, each with the parameters concerned.
 
     X (d, n) holds log variables. A term beside others needs three distinct values of its variable (values within 1 %
-    are one); the two terms of a surface need log N and log D that do not lie on one line (|correlation| above 0.98
-    counts as a line). Repetition needs two distinct numbers of epochs above one.
+    are one), or it may trade with the floor; the two terms of a surface need log N and log D that do not lie on one line
+    (|correlation| above 0.98 counts as a line). Repetition needs two distinct numbers of epochs above one.
     """
     faults: list[tuple[str, set[str]]] = []
     needed = 2 if len(form.terms) == 1 else 3
@@ -344,7 +344,7 @@ def design_faults(form: PowerSum, X: np.ndarray, names: Sequence[str]) -> list[t
         if distinct < needed:
             said = f"{distinct} distinct value{'s' if distinct != 1 else ''} of {names[v]}: {c} and {s} need at least "
             said += f"{needed} to be told apart{' from the rest' if len(form.terms) > 1 else ''}."
-            faults.append((said, {c, s}))
+            faults.append((said, {c, s} | {name for name, other, _ in form.terms if other is None}))
     if len(X) >= 2 and X[:2].std(axis=1).min() > 0:
         correlation = np.corrcoef(X[:2])[0, 1]
         if abs(correlation) > 0.98:
@@ -485,8 +485,16 @@ def _fit(form, inputs, y, names, objective, delta, bootstrap, clusters, weights,
         begin, times = _repetition_starts(X, log_y, w, centre, level)
     else:
         begin, times = hoffmann_grid(form, centre, level)
-    thetas, values = solve(form, begin, X, log_y, w, objective, delta)
-    last = deltas(objective, delta)[-1]
+    path = deltas(objective, delta)
+    last = path[-1]
+    thetas, values = solve(form, begin, X, log_y, w, path)
+    slow = (values > values.min() * (1 + 1e-6)) & (values < values.min() * 1.01)  # in a flat valley, not yet at its end
+    if slow.any():
+        thetas[slow], values[slow] = minimise(form, thetas[slow], X, log_y, w, last, steps=1000)
+    if len(path) > 1:  # least squares may have led all starts to gross outliers, so some go without it
+        more, there = solve(form, begin[:: max(1, len(begin) // 50)], X, log_y, w, path[1:][-2:])
+        thetas, values = np.concatenate([thetas, more]), np.concatenate([values, there])
+        times = np.concatenate([times, np.zeros(len(more), int)])
     # Under one budget the two terms may change places, N^-alpha for D^beta: of equal optima the one that falls is meant.
     falling = (thetas[:, len(form.terms) :] > 0).all(axis=1)
     near = [int(np.argmin(values)), int(np.argmin(np.where(falling, values, np.inf)))]
@@ -494,7 +502,6 @@ def _fit(form, inputs, y, names, objective, delta, bootstrap, clusters, weights,
     chosen = int(least[1] <= least[0] * (1 + 1e-6) and (polished[1, len(form.terms) :] > 0).all())
     theta, least = polished[chosen : chosen + 1], least[chosen : chosen + 1]
     agrees = values <= least[0] * (1 + 1e-6) + 1e-14 * n * min(last, 1.0)
-    agrees[near[chosen]] = True
     m, state = form.evaluate(theta, X)
     r = log_y - m[0]
     value = {"huber": huber(r, delta), "lsq": r**2, "lad": np.abs(r)}[objective] @ w
@@ -528,16 +535,17 @@ def _fit(form, inputs, y, names, objective, delta, bootstrap, clusters, weights,
         warnings.append(f"{copies} of {n} rows are exact copies of others: fitted as they are, but drawn as one.")
     if bootstrap and not len(samples):
         warnings.append(f"{n} rows in {freedom + p} units are too few for {p} parameters: no intervals.")
-    total, agreeing = int(times.sum()), int(times[agrees].sum())
+    total, agreeing = int(times.sum()), max(1, int(times[agrees].sum()))
     if agreeing < 0.1 * total:
         warnings.append(f"Only {agreeing} of {total} starts reach the best optimum: it may not be the global one.")
     intervals = percentile_intervals(fitted, samples)
     limit = profile_threshold(r, w, p, objective, delta)
     leaning = False
-    if fitted.get("E") == 0 and len(samples):
-        most = _largest_floor(form, theta, X, log_y, w, last, least[0] + limit, centre)
-        intervals["E"] = (0.0, max(most, intervals["E"][1]))
-        leaning = intervals["E"][1] > 0.25 * y.min()
+    if len(samples) and "E" in fitted:
+        low, high = intervals["E"]
+        least_floor, most = _floors(form, theta, X, log_y, w, last, least[0] + limit, centre)
+        intervals["E"] = (min(low, least_floor), max(high, most))
+        leaning = np.ptp(intervals["E"]) > 1.5 * (high - low) and np.ptp(intervals["E"]) > 0.25 * y.min()
     status = {
         name: "not assessed"
         if not bootstrap
@@ -547,7 +555,8 @@ def _fit(form, inputs, y, names, objective, delta, bootstrap, clusters, weights,
         for name in form.params
     }
     if leaning:
-        warnings.append(f"A floor up to {intervals['E'][1]:.3g} fits as well, with other exponents: these are weak.")
+        span = "{:.3g} to {:.3g}".format(*intervals["E"])
+        warnings.append(f"Floors from {span} fit as well, with other exponents: none is more than weak.")
     J = form.jacobian(state, X)[0] * np.sqrt(w)
     data = pd.DataFrame(
         dict(zip(names, inputs, strict=True))
@@ -581,18 +590,18 @@ def _fit(form, inputs, y, names, objective, delta, bootstrap, clusters, weights,
     return fit
 
 
-def _largest_floor(form, theta, X, log_y, w, delta, limit, centre) -> float:
-    """The largest floor E, as a share of the lowest loss in steps of a twentieth, at which the objective is within its
-    limit: resamples of a fit without a floor start where the objective hardly knows of E, and seldom find one."""
-    floors = np.exp(log_y.min()) * np.arange(0.05, 1.0, 0.05)
+def _floors(form, theta, X, log_y, w, delta, limit, centre) -> tuple[float, float]:
+    """The least and the largest floor E, in steps of a twentieth of the lowest loss, at which the objective is within its
+    limit (infinity and zero where none is). Resamples start at one optimum, and seldom leave the valley of few rows."""
+    lowest, now = np.exp(log_y.min()), float(np.exp(theta[0, 0]))
+    floors = lowest * np.append(1e-3, np.arange(0.05, 1.0, 0.05))
     lines = [form.held("E", floor, centre) for floor in floors]
     held = np.array([row for row, _ in lines]), np.array([right for _, right in lines])
     begin = np.repeat(theta, len(floors), axis=0)
-    for k, (_, s, _) in enumerate(form.terms):  # what is left of the loss for the terms that fall
-        if s is not None:
-            begin[:, k] += np.log1p(-floors / np.exp(log_y.min()))
-    _, values = minimise(form, begin, X, log_y, w, delta, held=held)
-    return float(np.max(floors[values <= limit], initial=0.0))
+    begin[:, 1 : len(form.terms)] += np.log((lowest - floors) / max(lowest - now, 0.01 * lowest))[:, None]
+    values = minimise(form, begin, X, log_y, w, delta, held=held)[1]
+    allowed = np.append(0.0, floors[1:])[values <= limit]
+    return float(np.min(allowed, initial=np.inf)), float(np.max(allowed, initial=0.0))
 
 
 def _units(clusters: object, columns: list[np.ndarray]) -> tuple[np.ndarray, int]:
@@ -679,32 +688,32 @@ def resampled(form, theta, X, log_y, w, units, objective, delta, count, seed) ->
     parameter where no fit could be. Three things make the intervals cover at their rate from a dozen rows up (measured
     by ``coverage``):
 
+    - Absolute deviations hop between rows, the more the fewer there are: resamples are refitted with a zone of at least a
+      quarter of the residuals' robust spread, up to 2.5 times Huber's own for few rows.
     - Residuals are too small by the pull h of their own row on the fit. Where they count by their size, weights are
       drawn not from an exponential but from a gamma distribution of standard deviation 1 / (1 - h), so that the scores
       spread as in HC3 (MacKinnon and White 1985); where they count by their sign the standard deviation stays one, and
-      in between it goes by the share of rows in Huber's quadratic zone.
-    - Absolute deviations hop between rows, the more the fewer there are: resamples are refitted with a zone of at least a
-      quarter of the residuals' robust spread, up to 2.5 times Huber's own for few rows.
+      in between it goes by the share of rows in the quadratic zone, the mean of the fit's and the refits'.
     - A straight line from few rows needs Student's t: its deviations are stretched by t / 1.96. Those of sums of terms
       are wide enough by their own curvature.
     """
-    n, p = len(log_y), theta.shape[1]
-    zone = {"huber": delta, "lsq": np.inf, "lad": LAD_DELTA}[objective]
+    n, p, count_units = len(log_y), theta.shape[1], int(units.max()) + 1
+    own = zone = {"huber": delta, "lsq": np.inf, "lad": LAD_DELTA}[objective]
     m, state = form.evaluate(theta, X)
-    r = log_y - m[0]
-    quadratic = max(0.0, ((np.abs(r) <= zone).sum() - p) / (n - p))  # p rows would lie there without any noise
-    spread = 1 + quadratic * (1 / (1 - _pulls(form.jacobian(state, X)[0].T, w, units)) - 1)
-    draws = np.random.default_rng(seed).gamma(1 / spread**2, spread**2, size=(count, len(spread)))
-    draws *= len(spread) / draws.sum(axis=1, keepdims=True)
-    middle = theta
-    if np.isfinite(zone):
-        zone = max(0.25 * robust_sd(r), zone * (1 + min(1.5, 12 * p / len(spread))))
+    size, middle = np.abs(log_y - m[0]), theta
+    if np.isfinite(own):
+        zone = max(0.25 * robust_sd(size), own * (1 + min(1.5, 12 * p / count_units)))
         middle, _ = minimise(form, theta, X, log_y, w, zone, tolerance=1e-12)
+    inside = [max(0.0, ((size <= limit).sum() - p) / (n - p)) for limit in (own, zone)]  # p would be without any noise
+    quadratic = 0.5 * sum(inside)
+    spread = 1 + quadratic * (1 / (1 - _pulls(form.jacobian(state, X)[0].T, w, units)) - 1)
+    draws = np.random.default_rng(seed).gamma(1 / spread**2, spread**2, size=(count, count_units))
+    draws *= count_units / draws.sum(axis=1, keepdims=True)
     begin = np.repeat(middle, count, axis=0)
     thetas, _ = minimise(form, begin, X, log_y, draws[:, units] * w, zone, steps=100, tolerance=1e-9)
     if len(form.terms) == 1:
         tail = 0.5 * (1 + LEVEL)
-        thetas = theta + (thetas - middle) * stats.t.ppf(tail, len(spread) - p) / stats.norm.ppf(tail)
+        thetas = theta + (thetas - middle) * stats.t.ppf(tail, count_units - p) / stats.norm.ppf(tail)
     return thetas
 
 

@@ -95,22 +95,25 @@ class SectionStudy(Study):
             sd=".4f", sd_low_90=".4f", sd_high_90=".4f",
         )  # fmt: skip
         self.report.figure(
-            "seeds", "Runs that differ in their seed alone", lambda ax: plots.seeds(frame, ax=ax, by="place"),
-            size=(7, 1.3 + 0.5 * len(table)),
+            "seeds", "Runs that differ in their seed alone", lambda ax: plots.spreads(frame, ax=ax),
+            size=(7, 1.3 + 0.4 * len(table)),
         )  # fmt: skip
         self.findings.append(
             f"The seed alone moves the loss by {self.seed_sd:.3f} nats (standard deviation, {len(frame)} runs at {len(table)} "
             "places)."
         )
 
-    def show_verdicts(self, name: str, caption: str, laws: dict[str, Diagnosis]) -> None:
-        """Every parameter of some laws, with its 95 % interval and the doctor's verdict in words."""
-        rows = pd.concat(
-            [
-                diagnosis.verdicts.reset_index().assign(law=law, points=diagnosis.fit.n)
-                for law, diagnosis in laws.items()
-            ]
-        )
+    def show_verdicts(
+        self, name: str, caption: str, laws: dict[str, Diagnosis], shown: list[str] | None = None
+    ) -> None:
+        """Every parameter of some laws, with its 95 % interval and the doctor's verdict in words. shown: the laws that stand
+        in the report, where not all do; tables/<name>_all.csv then has all of them."""
+        rows = pd.concat([d.verdicts.reset_index().assign(law=law, points=d.fit.n) for law, d in laws.items()])
+        if shown is not None:
+            everything = rows.to_csv(index=False, float_format="%.10g")
+            files.write_whole(self.folder / "tables" / f"{name}_all.csv", everything)
+            caption += f"; all laws are in [{name}_all.csv](tables/{name}_all.csv)"
+            rows = rows[rows.law.isin(shown)]
         self.report.table(
             rows, name, caption, law="", points="d", parameter="", value=".4g", low=".4g", high=".4g", status="", why=""
         )
@@ -150,7 +153,14 @@ def refit(x: object, loss: object, weights: np.ndarray, floor: bool = True) -> t
     X = logs - centre[:, None]
     starts, _ = hoffmann_grid(form, centre, float(np.median(y)))
     thetas, values = minimise(
-        form, np.tile(starts, (len(weights), 1)), X, y, np.repeat(weights, len(starts), axis=0), np.inf, tolerance=1e-10
+        form,
+        np.tile(starts, (len(weights), 1)),
+        X,
+        y,
+        np.repeat(weights, len(starts), axis=0),
+        np.inf,
+        steps=60,
+        tolerance=1e-10,
     )
     values = values.reshape(len(weights), -1)
     best = thetas.reshape(len(weights), len(starts), -1)[np.arange(len(weights)), values.argmin(axis=1)]

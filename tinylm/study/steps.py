@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shlex
+from pathlib import Path
 
 import pandas as pd
 from scipy import stats
@@ -17,7 +18,7 @@ from scipy import stats
 from tinylm import counts, files
 from tinylm.config import GenerateConfig, TrainConfig
 from tinylm.errors import LabError
-from tinylm.study import forecasts, plots, scaling
+from tinylm.study import contents, forecasts, plots, scaling
 from tinylm.study.design import LADDER, Point, Recipe, bracket
 from tinylm.study.parameters import StudyParameters, repository, within_repository
 from tinylm.study.report import Report, interval
@@ -205,6 +206,7 @@ class Study:
             self.report.text(f"Before its run, {said}. It could not be scored ({record.status}). {error}")
             self.findings.append("The sealed forecast could not be scored.")
             return
+        _publish_calibration(folder)
         if diverged:
             self.report.text(f"Before it was trained, {said}. The run diverged ({record.reason}): a miss.")
             self.findings.append("The run behind the sealed forecast diverged: a miss.")
@@ -290,4 +292,24 @@ class Study:
         if self._executor is not None:
             self._pool.__exit__(None, None, None)
             self._executor = None
+        if self.folder.parent == repository() / "results":
+            contents.write(self.folder.parent)
         print(f"report: {within_repository(self.folder / 'README.md')}")
+
+
+def _publish_calibration(folder: Path) -> None:
+    """The page of all forecasts ever sealed beside their seals, the failed ones too."""
+    found = forecasts.calibration(folder)
+    page = Report(folder, "Every forecast that was sealed")
+    page.text(found.sentence())
+    page.table(
+        found.table, "calibration", "Forecasts in the order they were sealed: loss (nats per token) with its 95 % interval, what "
+        "came out, and by how many percent and how many standard deviations of its own interval that was above", name="",
+        study="", time="", reach=".1f", loss=".3f", low=".3f", high=".3f", observed=".3f", error_percent="+.2f",
+        standardised="+.2f", inside="",
+    )  # fmt: skip
+    page.figure(
+        "calibration", "What was forecast and what came out; on the right each error in standard deviations of its own interval",
+        lambda axes: plots.calibration(found.table, axes), size=(8.4, 3.9), panels=2,
+    )  # fmt: skip
+    page.write()

@@ -70,7 +70,8 @@ class Runs:
         said = [f"{len(self.frame)} rows of {self.path}"]
         for rule, lines in self.dropped.items():
             shown = ", ".join(map(str, lines[:12])) + (", ..." if len(lines) > 12 else "")
-            said.append(f"dropped by the rule {rule}: {len(lines)} rows" + (f" (lines {shown})" if lines else ""))
+            many = "" if len(lines) == 1 else "s"
+            said.append(f"dropped by the rule {rule}: {len(lines)} row{many}" + f" (line{many} {shown})" * bool(lines))
         return said
 
 
@@ -98,7 +99,7 @@ def read_runs(path: str | Path, columns: dict[str, str], drop: Sequence[str] = (
     for name in columns.values():
         if names.count(name) != 1:
             raise LabError(
-                "The table must have each column once",
+                "The table must have each column that is named, once",
                 f"{names.count(name) or 'no'} {name!r} in {path}",
                 f"the columns are {', '.join(names) or 'none, the file is empty'}",
             )
@@ -254,6 +255,9 @@ def fit_file(
     else:
         fit = fit_data_constrained(frame["params"], frame["tokens"], frame["unique_tokens"], frame["loss"], **options)
     diagnosis = doctor.diagnose(fit, accounting=accounting, bootstrap=bootstrap, seed=seed)
+    if len(diagnosis.outliers) and fit.n == len(frame):
+        lines = ", ".join(map(str, frame["line"].iloc[diagnosis.outliers.index]))
+        diagnosis.notes.append(f"The outliers stand in lines {lines}.")
     content = fit.to_dict()
     content |= {"form": form, "status": diagnosis.status, "warnings": [*notes, *fit.warnings]}
     content["intervals"] = {name: _pair(diagnosis.verdicts.loc[name]) for name in fit.params}

@@ -1,0 +1,83 @@
+"""The first page of results/: what every published study found, and what changes with the text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from tinylm.files import write_whole
+from tinylm.study.report import interval
+
+LAWS = {  # column -> (law, parameter) of a compute study's tables/laws.csv
+    "best size": ("N_opt(C) = k C^a", "a"),
+    "its tokens": ("D_opt(C) = k C^a", "a"),
+    "a of the surface": ("L(N, D)", "a"),
+    "alpha": ("L(N, D)", "alpha"),
+    "beta": ("L(N, D)", "beta"),
+    "floor E": ("L(N, D)", "E"),
+}
+
+
+def write(results: Path) -> Path:
+    """Write results/README.md anew from the reports and tables that lie under ``results``."""
+    results = Path(results)
+    reports = sorted([*results.glob("*/README.md"), *results.glob("bench/*/README.md")])
+    folders = [path.parent for path in reports if path.parent.name != "local"]
+    pieces = [
+        "# Results\n\nEvery number here was computed from the records beside it. The first lines of each report stand below; "
+        "the reports have the tables, the figures and the doubts."
+    ]
+    texts = pd.DataFrame([row for folder in folders if (row := _laws(folder))])
+    for folder in folders:
+        title, findings = _first_lines(folder / "README.md")
+        pieces.append("\n\n".join(filter(None, [f"## [{title}]({folder.relative_to(results).as_posix()}/README.md)", findings])))
+    if len(texts) > 1:
+        write_whole(results / "texts.csv", texts.to_csv(index=False, float_format="%.10g"))
+        pieces.append(
+            "## What changes with the text\n\nThe same study on several texts: exponents with 95 % intervals, and the verdict "
+            "where they are not identified. Losses of different texts cannot be compared with each other, exponents can.\n\n"
+            + _table(texts)
+            + "\n\n([texts.csv](texts.csv))"
+        )
+    return write_whole(results / "README.md", "\n\n".join(pieces) + "\n")
+
+
+def _first_lines(path: Path) -> tuple[str, str]:
+    """The title of a report and what stands before its first section."""
+    title, _, rest = path.read_text(encoding="utf-8").partition("\n")
+    first = rest.split("\n## ")[0].strip()
+    return title.removeprefix("# ").strip(), first if first.startswith("- ") else first.split("\n\n")[0]
+
+
+def _laws(folder: Path) -> dict | None:
+    """The exponents of a compute study, None of any other."""
+    tables = folder / "tables"
+    try:
+        laws = pd.read_csv(tables / "laws.csv").set_index(["law", "parameter"])
+        minima = pd.read_csv(tables / "isoflop_minima.csv")
+        corpus = json.loads((folder / "corpora.json").read_text(encoding="utf-8"))["corpora"][0]
+    except (OSError, KeyError, ValueError, IndexError):
+        return None
+    if not set(LAWS.values()) <= set(laws.index):
+        return None
+    row = {"study": folder.name, "text": corpus["name"], "from": minima.budget.min(), "to": minima.budget.max()}
+    for name, where in LAWS.items():
+        found = laws.loc[where]
+        row |= {name: found["value"], f"{name} low": found["low"], f"{name} high": found["high"]}
+        row[f"{name} status"] = found["status"]
+    return row
+
+
+def _table(texts: pd.DataFrame) -> str:
+    heads = ["text", "FLOPs", *LAWS]
+    lines = [f"| {' | '.join(heads)} |", "|" + " :--- |" * len(heads)]
+    for row in texts.to_dict("records"):
+        cells = [f"[{row['text']}]({row['study']}/README.md)", f"{row['from']:.2g} to {row['to']:.2g}"]
+        for name in LAWS:
+            status = row[f"{name} status"]
+            span = interval(row[f"{name} low"], row[f"{name} high"], ".2f")
+            cells.append(f"{row[name]:.2f} ({span}{'' if status == 'identified' else f'; {status}'})")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
