@@ -79,7 +79,7 @@ def test_train_without_options_is_the_default_configs(asked, tmp_path):
 def other(field: dataclasses.Field) -> tuple[list[str], object]:
     """Words of the command line that change a field, and the value they stand for."""
     switches = {"norm": "layernorm", "norm_position": "post", "mlp": "relu", "position": "learned", "init": "scaled"}
-    names = {**switches, "schedule": "wsd", "precision": "bf16", "tokenizer": "byte"}
+    names = {**switches, "schedule": "wsd", "precision": "bf16", "tokenizer": "byte", "damage": "swap:0.1"}
     flag = "--" + field.name.replace("_", "-")
     if field.name in names:
         return [flag, names[field.name]], names[field.name]

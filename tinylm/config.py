@@ -23,6 +23,7 @@ INITS = ("fixed", "scaled")
 SCHEDULES = ("cosine", "wsd")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 TOKENIZERS = ("bpe", "unigram", "char", "byte")
+DAMAGES = ("swap", "shuffle", "repeat", "boilerplate", "foreign")
 
 # Fields of ModelConfig that are younger than the first records. At its default such a field is no part of a run's identity,
 # so that what was trained before it was there is still found.
@@ -359,17 +360,69 @@ class GenerateConfig(_Config):
 
 
 @dataclass(frozen=True)
+class Damage(_Config):
+    """How a text is spoilt on purpose, to measure what its quality is worth; ``str`` writes it as ``parse`` reads it.
+
+    kind: ``swap`` has neighbouring characters change places, ``shuffle`` lines; ``repeat`` writes lines again behind themselves,
+        ``boilerplate`` puts stock phrases of web pages between lines, ``foreign`` lines of a made-up language.
+    share: of the spoilt text that is not as it was: of its characters for ``swap``, of its lines for the others.
+    seed: of the choice of places.
+    """
+
+    kind: str
+    share: float
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        self._one_of("kind", DAMAGES)
+        whole = self.kind in ("swap", "shuffle")  # the others add lines, and something must be there to add them to
+        self._require(
+            0 < self.share < 1 or (whole and self.share == 1),
+            f"the share of a damage must be above 0 and {'at most' if whole else 'below'} 1",
+            "0.1 spoils a tenth; leave damage out for the text as it is",
+            kind=self.kind,
+            share=self.share,
+        )
+        self._require(self.seed >= 0, "seed must not be negative", "give 0 or more", seed=self.seed)
+
+    @classmethod
+    def parse(cls, text: str) -> Damage:
+        """The damage that ``kind:share`` or ``kind:share:seed`` says. Raises ConfigError for anything else."""
+        kind, *numbers = text.split(":")
+        try:
+            share, seed = (float(numbers[0]), int(numbers[1]) if len(numbers) > 1 else 0)
+        except (IndexError, ValueError):
+            share = None
+        if share is None or len(numbers) > 2:
+            raise ConfigError(
+                "A damage is a kind and a share, and a seed if it is not 0, with colons between",
+                f"damage={text!r}",
+                f"write {kind if kind in DAMAGES else 'swap'}:0.1, or swap:0.1:3; the kinds are {', '.join(DAMAGES)}",
+            )
+        return cls(kind, share, seed)
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.share:.10g}" + (f":{self.seed}" if self.seed else "")
+
+
+@dataclass(frozen=True)
 class DataConfig(_Config):
     """Which text, and how it becomes tokens. text: a name from ``tinylm.corpora.NAMES`` or a path to a file or folder of the
-    user's own; field: the key that holds the text in a jsonl file. The tokenizer's size is the model's vocab_size."""
+    user's own; field: the key that holds the text in a jsonl file. The tokenizer's size is the model's vocab_size.
+    damage: ``kind:share`` or ``kind:share:seed``, such as swap:0.1, spoils the training part on purpose (see ``Damage``); the
+    tokenizer and the validation part stay those of the clean text. None spoils nothing."""
 
     text: str = "verse"
     tokenizer: str = "bpe"
     field: str | None = None
+    damage: str | None = None
 
     def __post_init__(self) -> None:
         self._check_types()
         self._one_of("tokenizer", TOKENIZERS)
+        if self.damage is not None:  # one way to write it, so that it is found again
+            object.__setattr__(self, "damage", str(Damage.parse(self.damage)))
 
 
 def _divisors_near(number: int, near: int) -> str:

@@ -21,16 +21,26 @@ from tinylm.study.parameters import (
     ClaimsParameters,
     ComputeParameters,
     DataParameters,
+    DataQualityParameters,
+    DecodingParameters,
+    ExtrapolationParameters,
+    HyperparameterParameters,
     ModelParameters,
+    NormsParameters,
+    NumericsParameters,
     QuickstartParameters,
     RecipeParameters,
+    StabilityParameters,
     repository,
     validate,
 )
 
 _KINDS = (
     *(QuickstartParameters, RecipeParameters, DataParameters, ModelParameters, ComputeParameters),
-    *(AblationParameters, ClaimsParameters),
+    *(AblationParameters, DataQualityParameters, ClaimsParameters),
+    *(HyperparameterParameters, NumericsParameters),
+    *(NormsParameters, StabilityParameters),
+    *(ExtrapolationParameters, DecodingParameters),
 )
 PARAMETERS = {kind.study: kind for kind in _KINDS}
 

@@ -107,7 +107,7 @@ class Run:
 
     @property
     def corpus_key(self) -> dict:
-        """What is asked of ``corpora.prepare``: the text by name or path, and the tokenizer."""
+        """What is asked of ``corpora.prepare``: the text by name or path, its damage, and the tokenizer."""
         return {**self.data.to_dict(), "vocab_size": self.model.vocab_size}
 
     @property
@@ -502,8 +502,10 @@ def _asked(model: ModelConfig, train: TrainConfig) -> dict:
 
 
 def _find(entries: list[dict], asked: dict) -> dict | None:
-    """The entry for what is asked. One written when fewer things were told apart stands for all that they are now."""
-    return next((entry for entry in entries if entry["asked"].items() <= asked.items()), None)
+    """The entry for what is asked. One written when fewer things were told apart stands for all that they are now, but for
+    damage: a text of which none is told has none."""
+    asked = {"damage": None, **asked}
+    return next((entry for entry in entries if {"damage": None, **entry["asked"]}.items() <= asked.items()), None)
 
 
 # Training one run.
@@ -547,7 +549,7 @@ def prepare_corpus(run: Run, progress: bool = False) -> typing.Any:
     from tinylm import corpora
 
     data = run.data
-    corpus = corpora.prepare(data.text, data.tokenizer, run.model.vocab_size, data.field, progress=progress)
+    corpus = corpora.prepare(data.text, data.tokenizer, run.model.vocab_size, data.field, progress, data.damage)
     if corpus.tokenizer.vocab_size != run.model.vocab_size:
         raise ConfigError(
             "the model's vocabulary must be the tokenizer's",
