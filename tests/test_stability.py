@@ -49,7 +49,7 @@ class KnownLimits(stability.Stability):
     """The study with losses from a law in place of training. Up to the limit a run is well; in the two steps above it ends 1
     nat too high; farther up it diverges. ``fragile`` is a seed whose limit lies one step lower."""
 
-    recorded, fragile = False, None
+    recorded, fragile, unigram = False, None, 6.0
 
     def limit(self, run) -> float:
         own = limit(run.model.num_layers, run.model.norm_position, run.train.warmup_steps > 0)
@@ -168,6 +168,14 @@ def test_a_boundary_beyond_the_grid_is_told_as_such(tmp_path):
     edges = study.arms.set_index(["warmup", "depth", "position"]).edge
     assert edges["with warmup", 2, "pre-norm"] == "above" and edges["without warmup", 4, "post-norm"] == "below"
     assert any("only known to lie beyond" in piece for piece in study.report.pieces)
+
+
+def test_a_model_that_learns_nothing_is_no_evidence_and_told(tmp_path):
+    class Idle(KnownLimits):
+        unigram = 4.4
+
+    study = whole(study_of(tmp_path / "r", Idle, depths=(2,), moves=0))
+    assert not study.arms.learns.any() and any("say little" in line for line in study.findings)
 
 
 # ---------------------------------------------------------------------------------------------------------- what comes out

@@ -6,6 +6,8 @@ learning rates half an octave apart. Looked for is the largest rate at which no 
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from tinylm.errors import LabError, TextError
 from tinylm.study import claims, plots
 from tinylm.study.parameters import StabilityParameters
 from tinylm.study.report import interval
-from tinylm.study.runs import Run
+from tinylm.study.runs import Run, prepare_corpus
 from tinylm.study.sections import SectionStudy
 from tinylm.study.steps import known_text
 from tinylm.words import quantity
@@ -39,22 +41,25 @@ class Preset:
     """How much a preset measures. depths: layers; shape: hidden_size and num_heads; windows: a step; steps: of a run; seeds: of
     each; grid: the first and the last rate of the grid that every depth and warmup starts with, in steps of half an octave
     below 1 (-10 is 2^-5); moves: how often a grid may be widened, at the side where a boundary is not inside; draws: of an
-    interval; eval_tokens: of the last evaluation."""
+    interval; eval_tokens: of the last evaluation; evaluations: of a run, at each of which it may be found to diverge."""
 
     depths: tuple[int, ...] = (2, 4, 8, 16)
     shape: tuple[int, int] = (32, 4)
-    windows: int = 2
-    steps: int = 400
+    windows: int = 1
+    steps: int = 800
     seeds: int = 3
     grid: tuple[int, int] = (-16, -4)
     moves: int = 4
     draws: int = 2000
     eval_tokens: int = 16384
+    evaluations: int = 10
 
 
 PRESETS = {
-    "smoke": Preset((1, 2), (16, 2), steps=40, seeds=2, grid=(-10, -2), moves=1, draws=300, eval_tokens=2048),
-    "quick": Preset((2, 8), steps=200, grid=(-14, -4), moves=3),
+    "smoke": Preset(
+        (1, 2), (16, 2), steps=24, seeds=2, grid=(-5, 0), moves=1, draws=300, eval_tokens=1024, evaluations=4
+    ),
+    "quick": Preset((2, 8), seeds=2, steps=400),
     "full": Preset(),
 }
 
@@ -123,7 +128,8 @@ class Stability(SectionStudy):
                 for seed in self.seeds:
                     train = self.recipe.train(
                         model, self.tokens, float(f"{rate_of(place):.6g}"), seed, batch_size=self.preset.windows,
-                        eval_tokens=self.preset.eval_tokens, precision="fp32", **WARMUPS[cell.warmup],
+                        eval_tokens=self.preset.eval_tokens, eval_interval=max(1, self.preset.steps // self.preset.evaluations),
+                        precision="fp32", **WARMUPS[cell.warmup],
                     )  # fmt: skip
                     runs.append(Run(model, train, self.data, {**tags, "place": place}))
         return runs
@@ -187,6 +193,18 @@ class Stability(SectionStudy):
         ]
         return own.pivot(index="place", columns="seed", values="val_loss").fillna(math.inf).sort_index()
 
+    @functools.cached_property
+    def unigram(self) -> float:
+        """Loss (nats per token) of a guess by how frequent each token is: what a run comes to that learns nothing else.
+        Counted once for a results folder, on the first two million tokens of each part."""
+        path = self.folder / "unigram.json"
+        if not path.exists():
+            corpus, size = prepare_corpus(self.expected_runs()[0]), self.settings.vocab_size
+            seen, asked = (np.bincount(part[:2_000_000], minlength=size) for part in (corpus.train, corpus.val))
+            loss = -float(asked @ np.log((seen + 1) / (seen + 1).sum()) / asked.sum())
+            files.write_whole(path, json.dumps({"nats_per_token": loss}) + "\n")
+        return json.loads(path.read_text())["nats_per_token"]
+
     def measure(self) -> None:
         (self.frame,) = self.stages(self.train)
         if len(broken := self.frame[self.frame.status == "failed"]):
@@ -212,6 +230,7 @@ class Stability(SectionStudy):
             "least_seed": rate_of(start + min(seeds)), "most_seed": rate_of(start + max(seeds)),
             "best_rate": rate_of(start + arm.best) if math.isfinite(arm.loss) else math.nan,
             "best_loss": arm.loss if math.isfinite(arm.loss) else math.nan,
+            "learns": arm.loss < self.unigram - WORSE,
             "gap": bool(failed.any(axis=1)[: max(0, arm.last)].any()),
             "runs": losses.size, "diverged": diverged.mean(), "failed": failed.mean(),
         }  # fmt: skip
@@ -270,7 +289,8 @@ class Stability(SectionStudy):
         self.report.section("Loss against rate")
         self.report.figure(
             "losses", "Validation loss against learning rate by depth: mean over the seeds that ended, bars from the least to the "
-            "most of them; crosses at the top: rates at which a seed diverged; ring: the largest stable rate",
+            "most of them; crosses at the top: rates at which a seed diverged; ring: the largest stable rate; dotted: a guess by "
+            "how frequent each token is",
             self._draw_losses, size=(13.0, 3.9), panels=len(WARMUPS) * len(POSITIONS),
         )  # fmt: skip
         best = self.arms.pivot_table(index=["warmup", "depth"], columns="position", values="best_loss")
@@ -281,64 +301,53 @@ class Stability(SectionStudy):
             )
 
     def _draw_losses(self, axes: list) -> None:
-        guess = math.log(self.settings.vocab_size)
         ends = np.concatenate([losses[np.isfinite(losses)] for losses in self.by_arm.values()])
-        low, high = ends.min() - 0.1, min(ends.max(), guess + 1.0) + 0.25
-        arms = [(warmup, position) for warmup in WARMUPS for position in POSITIONS]
-        for ax, (warmup, position) in zip(axes, arms, strict=True):
+        low, high = ends.min() - 0.15, min(ends.max(), self.unigram + 1.0) + 0.15
+        top = high + 0.08 * (high - low)  # above it the crosses
+        for ax, (warmup, position) in zip(axes, [(w, p) for w in WARMUPS for p in POSITIONS], strict=True):
             for i, depth in enumerate(self.preset.depths):
-                cell = Cell(depth, warmup)
-                losses, colour = self.by_arm[cell, position], plots.COLOURS[i % len(plots.COLOURS)]
-                rates = np.array([rate_of(place) for place in self.grids[cell]])
-                ended = np.where(np.isfinite(losses), losses, np.nan)
-                some = np.isfinite(ended).any(axis=1)
-                middle = np.array(
-                    [row[np.isfinite(row)].mean() if there else np.nan for row, there in zip(ended, some, strict=True)]
-                )
-                ax.plot(rates, middle, "o-", color=colour, markersize=3.5, linewidth=1.2, label=f"{depth}")
-                ax.vlines(
-                    rates[some],
-                    np.nanmin(ended[some], axis=1),
-                    np.nanmax(ended[some], axis=1),
-                    color=colour,
-                    linewidth=1,
-                )
-                lost = (~np.isfinite(losses)).any(axis=1)
-                ax.plot(
-                    rates[lost],
-                    np.full(lost.sum(), high - 0.05 - 0.07 * i * (high - low) / 4),
-                    "x",
-                    color=colour,
-                    markersize=4,
-                )
+                cell, colour = Cell(depth, warmup), plots.COLOURS[i % len(plots.COLOURS)]
+                losses, rates = self.by_arm[cell, position], np.array([rate_of(place) for place in self.grids[cell]])
+                ended = pd.DataFrame(losses).replace(math.inf, math.nan)
+                ax.plot(rates, ended.mean(axis=1), "o-", color=colour, markersize=3.5, linewidth=1.2, label=f"{depth}")
+                ax.vlines(rates, ended.min(axis=1), ended.max(axis=1), color=colour, linewidth=1)
+                lost = rates[ended.isna().any(axis=1)]
+                ax.plot(lost, np.full(len(lost), top + 0.04 * i * (high - low)), "x", color=colour, markersize=4)
                 if (last := arm_of(losses).last) >= 0:
                     ax.plot(
-                        rates[last], middle[last], "o", color=colour, markersize=10, markerfacecolor="none", zorder=4
-                    )
-            ax.axhline(guess, color=plots.GREY, linewidth=1, linestyle=":")
+                        rates[last], ended.mean(axis=1)[last], "o", color=colour, markersize=10, markerfacecolor="none", zorder=4
+                    )  # fmt: skip
             plots._log(ax, "x", plots.RATE, plots._plain_or_power)
-            ax.set_ylim(low, high)
+            ax.set_ylim(low, top + 0.04 * len(self.preset.depths) * (high - low))
             ax.set_title(f"{NAMES[position]}, {warmup}")
+            if self.unigram > low:
+                ax.axhline(self.unigram, color=plots.GREY, linewidth=1, linestyle=":")
         axes[0].set_ylabel(plots.LOSS)
-        axes[0].annotate("random guess", (0.02, guess), (0, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
-                         fontsize=8, color=plots.GREY)  # fmt: skip
         plots._legend_beside(axes[-1], "layers")
 
     def show_boundaries(self) -> None:
         """The largest stable rate of each depth, position and warmup, and what the claim asks of them."""
         self.effects = {warmup: claims.drawn_row(warmup, *self.mean_octaves(warmup)) for warmup in WARMUPS}
-        outside = int((self.arms.edge != "").sum())
+        outside, idle = int((self.arms.edge != "").sum()), int((~self.arms.learns).sum())
         self.report.section("The largest stable rate")
         self.report.text(
             f"Of {len(self.arms)} boundaries {len(self.arms) - outside} lie inside their grids"
             + (f"; {outside} are only known to lie beyond an end of it (`edge`)" if outside else "")
             + ". `gap` says that a smaller rate fails all the same. Seeds taken alone have their boundary between `least seed` and "
-            "`most seed`."
+            f"`most seed`.\n\nA guess by how frequent each token is loses {self.unigram:.3f} nats. A model that is not {WORSE} "
+            "nats better at its best rate (`learns`: no) has nothing to lose by a larger one, so that only "
+            "divergence bounds its rates: "
+            f"{'none here' if not idle else f'{idle} of {len(self.arms)} here, whose boundaries say little'}."
         )
+        if idle:
+            self.findings.append(
+                f"{idle} of {len(self.arms)} boundaries say little: there the best rate learns hardly more than how frequent "
+                "each token is."
+            )
         self.report.table(
             self.arms, "boundaries", "Each depth, position and warmup: the largest stable rate, that of single seeds, the best "
             "rate and its loss (nats per token), and the shares of runs that diverged and that failed", warmup="", depth="d",
-            position="", stable_rate=".3g", edge="", least_seed=".3g", most_seed=".3g", best_rate=".3g", best_loss=".3f",
+            position="", stable_rate=".3g", edge="", least_seed=".3g", most_seed=".3g", best_rate=".3g", best_loss=".3f", learns="",
             gap="", runs="d", diverged=".0%", failed=".0%",
         )  # fmt: skip
         self.report.figure(
@@ -412,8 +421,8 @@ class Stability(SectionStudy):
         )
         self.report.section("How many runs fail")
         self.report.text(
-            f"Over the same {sums.runs.iloc[0]} rates, depths, warmups and seeds for both, {said}. The share that diverges is "
-            f"larger for post-norm by **{effect:+.1%}** (95 % interval {interval(row['low'], row['high'], '+.1%')})."
+            f"Over the same rates, depths, warmups and seeds for both, {sums.runs.iloc[0]} runs each, {said}. The share that "
+            f"diverges is larger for post-norm by **{effect:+.1%}** (95 % interval {interval(row['low'], row['high'], '+.1%')})."
         )
         self.report.figure(
             "failures", "Shares of runs that fail: full, those that diverge; pale, those that end too high", self._draw_failures,
