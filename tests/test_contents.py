@@ -13,7 +13,9 @@ from tinylm.study import contents
 def study(results, name: str, text: str, a: float) -> None:
     folder = results / name
     (folder / "tables").mkdir(parents=True)
-    (folder / "README.md").write_text(f"# How loss falls on {text}\n\n- A finding of {name}.\n\n## The text\n\nDetails.\n")
+    (folder / "README.md").write_text(
+        f"# How loss falls on {text}\n\n- A finding of {name}.\n\n## The text\n\nDetails.\n"
+    )
     (folder / "corpora.json").write_text(json.dumps({"corpora": [{"name": text}]}))
     rows = [(law, parameter, a, a - 0.1, a + 0.1, "weak") for law, parameter in contents.LAWS.values()]
     columns = ["law", "parameter", "value", "low", "high", "status"]
@@ -23,7 +25,11 @@ def study(results, name: str, text: str, a: float) -> None:
 
 def test_the_first_page_tells_each_study_and_what_changes_with_the_text(tmp_path):
     study(tmp_path, "compute_scaling", "verse", 0.4)
-    for folder, said in (("recipe", "81 runs, and why."), ("bench/machine", "Of 14 figures 6."), ("local/mine", "Mine.")):
+    for folder, said in (
+        ("recipe", "81 runs, and why."),
+        ("bench/machine", "Of 14 figures 6."),
+        ("local/mine", "Mine."),
+    ):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "README.md").write_text(f"# {folder}\n\n{said}\n\nMore.\n\n## Then\n")
     page = contents.write(tmp_path).read_text()

@@ -28,10 +28,10 @@ if typing.TYPE_CHECKING:
 NUMERICS_REVISION = 2  # raised by every change to how training computes, so that old records are not taken for new ones
 
 # Compiling costs some ten seconds of a core or more, once for each shape and machine, and a second or two where the code
-# is kept. A run shorter than this takes a minute or two of a core and would hardly win that back.
-FLOPS_WORTH_COMPILING = 3e12
+# is kept. A run shorter than this takes about a minute of a core and would hardly win that back.
+FLOPS_WORTH_COMPILING = 2e12
 # In a stack of one shape several runs share the code, and a run takes a third less of its time with it (at hidden 16 to 64).
-FLOPS_WORTH_COMPILING_IN_A_STACK = 5e10
+FLOPS_WORTH_COMPILING_IN_A_STACK = 9e10
 # A stack pays where the operations of one run are too small to keep a core busy; at twice this size it won nothing.
 STACKED_UP_TO = 1 << 15  # channels a step: tokens in a micro-step times hidden_size
 

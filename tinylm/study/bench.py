@@ -41,11 +41,12 @@ PEERS = {
     "transformers, bf16 autocast": {"autocast": True},
 }
 BASE = "transformers"  # what ratios are against
-PARITY = {  # how the same runs are trained: each alone on either path, and as the sweep engine picks
+PARITY = {  # how the same runs are trained: each alone on either path, and in a sweep; short runs would not be compiled unasked
     "plain": ("sequential", PLAIN),
-    "fast": ("sequential", FAST),
-    "sweep": ("engine", FAST),
+    "fast": ("sequential", {**FAST, "compile": True}),
+    "sweep": ("engine", {**FAST, "compile": True}),
 }
+PARITY_RATE = 8e-3  # about the best of runs so small, where rounding has grown more by the end than at small rates
 
 
 @dataclass(frozen=True)
@@ -413,7 +414,8 @@ def _runs(job: dict) -> list:
     from tinylm.study.runs import Run
 
     shape = SHAPES[job["shape"]]
-    rates = [1e-3 * 8 ** (i / max(1, job["rates"] - 1)) for i in range(job["rates"])]
+    count = job.get("rates", 1)
+    rates = [job["rate"]] if "rate" in job else [1e-3 * 8 ** (i / max(1, count - 1)) for i in range(count)]
     model = shape.model.replace(init="scaled")
     data = DataConfig(text="zipf-markov", tokenizer="byte" if shape.vocab_size == 256 else "bpe")
     return [
@@ -899,10 +901,17 @@ def _measure_parity(preset: Preset, scratch: Path, say: Callable[[str], None]) -
     rows = []
     names, seeds, steps = preset.parity
     for name in names:
-        windows = max(1, min(2048, SHAPES[name].tokens) // SHAPES[name].max_seq_len)
+        windows = max(1, min(1024, SHAPES[name].tokens) // SHAPES[name].max_seq_len)
         for way, (kind, path) in PARITY.items():
             say(f"parity: {name}, {way}")
-            asked = {"shape": name, "windows": windows, "rates": 1, "seeds": seeds, "steps": steps, "warmup": 0}
+            asked = {
+                "shape": name,
+                "windows": windows,
+                "rate": PARITY_RATE,
+                "seeds": seeds,
+                "steps": steps,
+                "warmup": 0,
+            }
             job = {**asked, "kind": kind, "threads": preset.cores, "path": path}
             with _Contender(f"{name}, {way}", job) as contender:
                 losses = contender.turn()["losses"]

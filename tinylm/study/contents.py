@@ -32,7 +32,9 @@ def write(results: Path) -> Path:
     texts = pd.DataFrame([row for folder in folders if (row := _laws(folder))])
     for folder in folders:
         title, findings = _first_lines(folder / "README.md")
-        pieces.append("\n\n".join(filter(None, [f"## [{title}]({folder.relative_to(results).as_posix()}/README.md)", findings])))
+        pieces.append(
+            "\n\n".join(filter(None, [f"## [{title}]({folder.relative_to(results).as_posix()}/README.md)", findings]))
+        )
     if len(texts) > 1:
         write_whole(results / "texts.csv", texts.to_csv(index=False, float_format="%.10g"))
         pieces.append(

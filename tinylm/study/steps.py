@@ -303,10 +303,11 @@ def _publish_calibration(folder: Path) -> None:
     page = Report(folder, "Every forecast that was sealed")
     page.text(found.sentence())
     page.table(
-        found.table, "calibration", "Forecasts in the order they were sealed: loss (nats per token) with its 95 % interval, what "
-        "came out, and by how many percent and how many standard deviations of its own interval that was above", name="",
+        found.table.rename(columns={"inside": "kept its interval"}), "calibration",
+        "Forecasts in the order they were sealed: loss (nats per token) with its 95 % interval, what came out, and by how many "
+        "percent and how many standard deviations of its own interval that was above", name="",
         study="", time="", reach=".1f", loss=".3f", low=".3f", high=".3f", observed=".3f", error_percent="+.2f",
-        standardised="+.2f", inside="",
+        standardised="+.2f", **{"kept its interval": ""},
     )  # fmt: skip
     page.figure(
         "calibration", "What was forecast and what came out; on the right each error in standard deviations of its own interval",
