@@ -54,7 +54,7 @@ def test_help_names_every_command_and_choice():
         assert re.search(rf"^  {name} +\S", listed, re.MULTILINE)
         assert call(name, "--help").exit_code == 0
     text = call("train", "--help").output
-    assert "[swiglu|gelu|relu]" in text and "num_kv_heads: None is num_heads" in " ".join(text.split())
+    assert "[swiglu|gelu|relu|relu2]" in text and "num_kv_heads: None is num_heads" in " ".join(text.split())
 
 
 # -------------------------------------------------------------------------------------------------------------- train
@@ -79,7 +79,7 @@ def test_train_without_options_is_the_default_configs(asked, tmp_path):
 def other(field: dataclasses.Field) -> tuple[list[str], object]:
     """Words of the command line that change a field, and the value they stand for."""
     switches = {"norm": "layernorm", "norm_position": "post", "mlp": "relu", "position": "learned", "init": "scaled"}
-    names = {**switches, "schedule": "wsd", "precision": "bf16", "tokenizer": "byte"}
+    names = {**switches, "schedule": "wsd", "precision": "bf16", "tokenizer": "byte", "damage": "swap:0.1"}
     flag = "--" + field.name.replace("_", "-")
     if field.name in names:
         return [flag, names[field.name]], names[field.name]

@@ -32,6 +32,14 @@ def config_of(norm, norm_position, mlp, position, num_kv_heads, tie_embeddings) 
     )
 
 
+@pytest.mark.parametrize("num_kv_heads", [4, 1])
+def test_norms_of_queries_and_keys_are_counted(num_kv_heads):
+    config = config_of("rmsnorm", "pre", "relu2", "rope", num_kv_heads, True).replace(qk_norm=True)
+    counted = counts.parameters(config)
+    assert counted["total"] == sum(parameter.numel() for parameter in TinyLM(config).parameters())
+    assert counted["norm"] - counts.parameters(config.replace(qk_norm=False))["norm"] == 2 * 3 * 8
+
+
 def part_of(name: str) -> str:
     """Which part of ``counts.parameters`` a parameter of the built model belongs to."""
     if name.startswith(("embedding", "position", "head")):

@@ -367,9 +367,12 @@ def test_work_for_a_token_grows_by_its_attention_alone(position):
 
 
 SWITCHES = [
-    {"norm": norm, "norm_position": norm_position, "mlp": mlp, "tie_embeddings": tie}
-    for (norm, norm_position, mlp), tie in zip(
-        itertools.product(NORMS, NORM_POSITIONS, MLPS), itertools.cycle([True, False]), strict=False
+    {"norm": norm, "norm_position": norm_position, "mlp": mlp, "tie_embeddings": tie, "qk_norm": qk_norm}
+    for (norm, norm_position, mlp), tie, qk_norm in zip(
+        itertools.product(NORMS, NORM_POSITIONS, MLPS),
+        itertools.cycle([True, False]),
+        itertools.cycle([False, True, True]),
+        strict=False,
     )
 ]
 

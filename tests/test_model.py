@@ -23,6 +23,8 @@ ABLATIONS = {
     "post-norm": dict(norm_position="post"),
     "gelu": dict(mlp="gelu"),
     "relu": dict(mlp="relu"),
+    "relu2": dict(mlp="relu2"),
+    "qk_norm": dict(qk_norm=True),
     "learned": dict(position="learned"),
     "sinusoidal": dict(position="sinusoidal"),
     "no position": dict(position="none"),
@@ -73,8 +75,9 @@ def test_no_logit_depends_on_a_later_token(norm, norm_position, position):
 @pytest.mark.parametrize(
     "position,kv_heads,norm_position", list(itertools.product(POSITIONS, (4, 2, 1), NORM_POSITIONS))
 )
-def test_cached_logits_equal_uncached(position, kv_heads, norm_position):
-    config = BASE.replace(position=position, num_kv_heads=kv_heads, norm_position=norm_position)
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_cached_logits_equal_uncached(position, kv_heads, norm_position, qk_norm):
+    config = BASE.replace(position=position, num_kv_heads=kv_heads, norm_position=norm_position, qk_norm=qk_norm)
     model, ids = TinyLM(config).eval(), tokens()
     cache = KVCache(config, batch_size=2)
     pieces = [model(ids[:, :5], cache), model(ids[:, 5:8], cache)]
@@ -190,18 +193,23 @@ def reference_mlp(x, module, kind):
         return (gate * torch.sigmoid(gate) * (x @ module.up.weight.T)) @ module.down.weight.T
     up = x @ module.up.weight.T
     tanh_form = 0.5 * up * (1 + torch.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))
-    return (up.clamp(min=0) if kind == "relu" else tanh_form) @ module.down.weight.T
+    activated = {"relu": up.clamp(min=0), "relu2": up.clamp(min=0) ** 2, "gelu": tanh_form}[kind]
+    return activated @ module.down.weight.T
 
 
 def reference_attention(x, module, config, turn):
     """One head, one query, one key at a time."""
     batch, length, _ = x.shape
     size, group = config.head_dim, config.num_heads // config.num_kv_heads
+    of_q, of_k = (
+        (lambda y, norm=norm: reference_norm(y, norm)) if config.qk_norm else (lambda y: y)
+        for norm in (module.q_norm, module.k_norm)
+    )
     out = torch.zeros(batch, length, config.hidden_size)
     for b, h, t in itertools.product(range(batch), range(config.num_heads), range(length)):
         kv = h // group
-        q = turn(x[b, t] @ module.q.weight[h * size : (h + 1) * size].T, t)
-        keys = [turn(x[b, s] @ module.k.weight[kv * size : (kv + 1) * size].T, s) for s in range(t + 1)]
+        q = turn(of_q(x[b, t] @ module.q.weight[h * size : (h + 1) * size].T), t)
+        keys = [turn(of_k(x[b, s] @ module.k.weight[kv * size : (kv + 1) * size].T), s) for s in range(t + 1)]
         weights = torch.softmax(torch.stack([q @ k for k in keys]) * config.attention_scale, dim=0)
         values = x[b, : t + 1] @ module.v.weight[kv * size : (kv + 1) * size].T
         out[b, t, h * size : (h + 1) * size] = weights @ values
@@ -261,10 +269,11 @@ def reference_logits(model, ids):
 @pytest.mark.parametrize(
     "position,kv_heads,tie", [("rope", 2, True), ("learned", 4, False), ("sinusoidal", 1, True), ("none", 2, False)]
 )
-def test_logits_equal_the_reference_for_every_switch(norm, norm_position, mlp, position, kv_heads, tie):
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_logits_equal_the_reference_for_every_switch(norm, norm_position, mlp, position, kv_heads, tie, qk_norm):
     config = BASE.replace(
         norm=norm, norm_position=norm_position, mlp=mlp, position=position, num_kv_heads=kv_heads, tie_embeddings=tie,
-        init_std=0.05,
+        qk_norm=qk_norm, init_std=0.05,
     )  # fmt: skip
     model, ids = TinyLM(config), tokens(batch=1, length=6)
     with torch.no_grad():

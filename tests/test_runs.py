@@ -12,9 +12,10 @@ import pytest
 
 from tinylm import backend, train
 from tinylm.checkpoint import load_model
-from tinylm.config import DataConfig, ModelConfig, TrainConfig
+from tinylm.config import YOUNGER, DataConfig, ModelConfig, TrainConfig
 from tinylm.errors import ConfigError, DamagedFileError, LabError, TextError
 from tinylm.study import runs as engine
+from tinylm.study.parameters import repository
 from tinylm.study.runs import COLUMNS, Folder, Run, identity, load_runs, read_record, train_run, write_record
 from tinylm.train import evaluate
 
@@ -83,6 +84,24 @@ def test_identity_leaves_out_what_changes_no_number():
     ]
     assert {identity(run, CORPUS, ARITHMETIC) for run in same} == {base}
     assert identity(a_run(), {**CORPUS, "text": "another name"}, ARITHMETIC) == base
+
+
+def test_records_from_before_a_field_of_the_model_are_still_theirs():
+    """The committed records were written when ModelConfig had fewer fields: each is still found under its name, and read."""
+    folder = repository() / "results" / "recipe"
+    paths = sorted((folder / "runs").glob("*.json"))[:5]
+    assert paths
+    for path in paths:
+        record = read_record(path)
+        assert not set(YOUNGER) & set(record["model"])
+        run = Run.from_dict(record)
+        assert (
+            identity(run, record["corpus"]["identity"], record["arithmetic"], record["numerics_revision"])
+            == (record["identity"])
+        )
+    assert not load_runs(folder).qk_norm.any()
+    for name in YOUNGER:  # and away from its default such a field tells runs apart
+        assert identity(a_run(**{name: True}), CORPUS, ARITHMETIC) != identity(a_run(), CORPUS, ARITHMETIC)
 
 
 def test_tags_may_not_pose_as_columns():

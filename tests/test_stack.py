@@ -25,6 +25,8 @@ SWITCHES = {
     "post-norm": dict(norm_position="post"),
     "gelu": dict(mlp="gelu"),
     "relu": dict(mlp="relu"),
+    "relu2": dict(mlp="relu2"),
+    "normed queries and keys": dict(qk_norm=True, num_kv_heads=2),
     "learned": dict(position="learned"),
     "sinusoidal": dict(position="sinusoidal"),
     "none": dict(position="none"),

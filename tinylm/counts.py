@@ -16,12 +16,13 @@ def parameters(config: ModelConfig) -> dict[str, int]:
     c = config.resolve()
     kv_width = c.num_kv_heads * c.head_dim
     norms = 2 * c.num_layers + (1 if c.norm_position == "pre" else 0)  # post-norm has no final norm
+    head_norms = 2 * c.num_layers * c.head_dim if c.qk_norm else 0  # gains of queries and of keys
     parts = {
         "embedding": c.vocab_size * c.hidden_size,
         "position": c.max_seq_len * c.hidden_size if c.position == "learned" else 0,
         "attention": c.num_layers * (2 * c.hidden_size**2 + 2 * c.hidden_size * kv_width),
         "mlp": c.num_layers * (3 if c.mlp == "swiglu" else 2) * c.hidden_size * c.intermediate_size,
-        "norm": norms * c.hidden_size * (2 if c.norm == "layernorm" else 1),
+        "norm": norms * c.hidden_size * (2 if c.norm == "layernorm" else 1) + head_norms,
         "head": 0 if c.tie_embeddings else c.vocab_size * c.hidden_size,
     }
     total = sum(parts.values())

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinylm.attention import KVCache
+from tinylm.attention import Attention, KVCache
 from tinylm.mlp import GatedMLP, PlainMLP
 from tinylm.model import TinyLM
 from tinylm.normalization import RMSNorm
@@ -45,8 +45,11 @@ class Step:
             q, k, v = (layer.weight.view(shape) for layer in (part.q, part.k, part.v))
             if self.is_turned:
                 q, k = _pairs(q), _pairs(k)
-            heads = _columns(torch.cat((q * part.scale, k, v), dim=1).flatten(0, 2), gain)
-            self.layers.append((attention_norm, heads, _columns(part.out.weight), mlp_norm, _mlp(block.mlp, mlp_gain)))
+            scale = part.scale if part.q_norm is None else 1.0  # a norm would take it away again
+            heads = _columns(torch.cat((q * scale, k, v), dim=1).flatten(0, 2), gain)
+            own = _head_norm(part, self.group, self.is_turned)
+            out, mlp = _columns(part.out.weight), _mlp(block.mlp, mlp_gain)
+            self.layers.append((attention_norm, heads, own, out, mlp_norm, mlp))
 
     def __call__(self, ids: Tensor, cache: KVCache) -> Tensor:
         if cache is not self.cache:  # one that the model wrote: its keys come into the order of channels used here
@@ -60,8 +63,10 @@ class Step:
         x = self.embedding.index_select(0, ids)
         if added is not None:
             x = x + added
-        for layer, (attention_norm, to_heads, out, mlp_norm, mlp) in enumerate(self.layers):
+        for layer, (attention_norm, to_heads, head_norm, out, mlp_norm, mlp) in enumerate(self.layers):
             heads = torch.mm(attention_norm(x) if self.is_pre_norm else x, to_heads)
+            if head_norm is not None:
+                heads = head_norm(heads.view(rows))
             if turn is not None:
                 pairs = heads.view(torch.complex64).view(batch, self.heads, self.group + 2, -1)
                 heads = (pairs * turn).view(torch.float32)
@@ -121,6 +126,23 @@ def _split_norm(module: nn.Module) -> tuple[Callable[[Tensor], Tensor], Tensor |
 def _norm(module: nn.Module) -> Callable[[Tensor], Tensor]:
     norm, gain = _split_norm(module)
     return norm if norm is module else lambda x: norm(x) * gain
+
+
+def _head_norm(part: Attention, group: int, is_turned: bool) -> Callable[[Tensor], Tensor] | None:
+    """(B K, G + 2, Dh), the queries, key and value of each kv head -> the same with queries and key normalised, times the
+    attention scale for the queries. None where the model does not normalise them."""
+    if part.q_norm is None:
+        return None
+    queries, key = part.q_norm.weight * part.scale, part.k_norm.weight
+    gains = torch.stack([queries] * group + [key])  # (G + 1, Dh)
+    if is_turned:
+        gains = _pairs(gains, dim=1)
+
+    def norm(heads: Tensor) -> Tensor:
+        both, value = heads.split_with_sizes((group + 1, 1), 1)
+        return torch.cat((F.rms_norm(both, both.shape[-1:], None, part.q_norm.eps) * gains, value), 1)
+
+    return norm
 
 
 def _mlp(module: nn.Module, gain: Tensor | float) -> Callable[[Tensor, Tensor], Tensor]:

@@ -1,4 +1,4 @@
-"""The feed-forward part of a block: gated (SwiGLU) or plain (GELU, ReLU). No biases."""
+"""The feed-forward part of a block: gated (SwiGLU) or plain (GELU, ReLU, ReLU squared). No biases."""
 
 from __future__ import annotations
 
@@ -40,8 +40,13 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-ACTIVATIONS = {"gelu": gelu, "relu": F.relu}
-MLPS = {"swiglu": GatedMLP, "gelu": PlainMLP, "relu": PlainMLP}
+def relu2(x: Tensor) -> Tensor:
+    """ReLU squared (So et al. 2021, Primer)."""
+    return F.relu(x).square()
+
+
+ACTIVATIONS = {"gelu": gelu, "relu": F.relu, "relu2": relu2}
+MLPS = {"swiglu": GatedMLP, "gelu": PlainMLP, "relu": PlainMLP, "relu2": PlainMLP}
 
 
 def build_mlp(config: ModelConfig) -> nn.Module:

@@ -16,7 +16,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -503,15 +503,18 @@ def encode_spans(
     out_dir: str | os.PathLike | None = None,
     progress: bool = True,
     label: str = "",
+    change: Callable[[Iterator[str]], Iterator[str]] | None = None,
+    changed: str = "",
 ) -> np.memmap:
     """Like ``encode_file`` for some spans (start, stop in bytes, at character boundaries) of a text with that hash, one
-    after the other."""
+    after the other. change: makes other text of its pieces as they stream by; its map is told from others by ``changed``."""
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 65536 else "<u4")
     what = {
         "revision": MAP_REVISION,
         "text_sha256": text_sha256,
         "tokenizer_sha256": tokenizer.sha256,
         "spans": [list(span) for span in spans],
+        **({"changed": changed} if change else {}),
     }
     folder = files.home() / "maps" if out_dir is None else Path(out_dir)
     target = folder / f"{files.sha256_bytes(files.canonical_json(what).encode())[:32]}.ids"
@@ -522,14 +525,14 @@ def encode_spans(
             whole = kept.get("count", 0) * dtype.itemsize
             if kept.get("what") == what and kept.get("dtype") == dtype.str and target.stat().st_size == whole > 0:
                 return np.memmap(target, dtype=dtype, mode="r")
-        count = _write_map(path, spans, tokenizer, target, dtype, progress, label or Path(path).name)
+        count = _write_map(path, spans, tokenizer, target, dtype, progress, label or Path(path).name, change)
         if not count:
             raise TextError("A text must hold at least one token", f"{path}: none in {spans}", "give more text")
         files.write_whole(sidecar, json.dumps({"what": what, "count": count, "dtype": dtype.str}))
     raise DamagedFileError("A map of ids must stay as it was written", f"{target} changed at once", "check the disk")
 
 
-def _write_map(path, spans, tokenizer, target, dtype, progress, label) -> int:
+def _write_map(path, spans, tokenizer, target, dtype, progress, label, change) -> int:
     """Write the ids of the spans to ``target``, whole or not at all, and return how many there are.
 
     SentencePiece's own threads take a piece's parts in turn; the ids and their order stay, and no lock of Python's is held.
@@ -541,12 +544,12 @@ def _write_map(path, spans, tokenizer, target, dtype, progress, label) -> int:
     count = 0
     bar = progress_bar(sum(stop - start for start, stop in spans), f"encoding {label}", progress)
     with bar, open(path, "rb") as source, files.writing_aside(target) as out:
-        for start, stop in spans:
-            for text in read_pieces(source, start, stop):
-                ids = tokenizer.encode_array(text, threads)
-                out.write(ids.astype(dtype))
-                count += len(ids)
-                bar.update(len(text.encode("utf-8")))
+        pieces = (piece for start, stop in spans for piece in read_pieces(source, start, stop))
+        for text in change(pieces) if change else pieces:
+            ids = tokenizer.encode_array(text, threads)
+            out.write(ids.astype(dtype))
+            count += len(ids)
+            bar.update(len(text.encode("utf-8")))
     return count
 
 

@@ -17,16 +17,31 @@ from tinylm import errors
 from tinylm.errors import LabError
 from tinylm.files import write_whole
 from tinylm.study.parameters import (
+    AblationParameters,
+    ClaimsParameters,
     ComputeParameters,
     DataParameters,
+    DataQualityParameters,
+    DecodingParameters,
+    ExtrapolationParameters,
+    HyperparameterParameters,
     ModelParameters,
+    NormsParameters,
+    NumericsParameters,
     QuickstartParameters,
     RecipeParameters,
+    StabilityParameters,
     repository,
     validate,
 )
 
-_KINDS = (QuickstartParameters, RecipeParameters, DataParameters, ModelParameters, ComputeParameters)
+_KINDS = (
+    *(QuickstartParameters, RecipeParameters, DataParameters, ModelParameters, ComputeParameters),
+    *(AblationParameters, DataQualityParameters, ClaimsParameters),
+    *(HyperparameterParameters, NumericsParameters),
+    *(NormsParameters, StabilityParameters),
+    *(ExtrapolationParameters, DecodingParameters),
+)
 PARAMETERS = {kind.study: kind for kind in _KINDS}
 
 # The names under which a kernel reports the errors that are meant for a person.

@@ -101,9 +101,10 @@ def _numbers(text: str) -> object:
 class StudyParameters(_Config):
     """What every study can be asked.
 
-    text: a name from tinylm.corpora.NAMES or a path; empty is ``verse``, and for the smoke preset the generated ``zipf-markov``,
-    which needs no network. results_dir: where records, tables, figures and the report go, relative to the repository; empty is
-    a folder in results/local named after the study, with the preset and the text in its name where they are not the usual ones.
+    text: a name from tinylm.corpora.NAMES or a path; empty is ``usual_text``, and for the smoke preset the generated
+    ``zipf-markov``, which needs no network. results_dir: where records, tables, figures and the report go, relative to the
+    repository; empty is a folder in results/local named after the study, with the preset and the text in its name where they
+    are not the usual ones.
     workers: processes that train side by side; 0 is one a core. cluster: where they are: empty is this machine, ``local`` a
     Dask cluster started on it, else the address of a Dask scheduler, whose workers there are.
     """
@@ -119,6 +120,7 @@ class StudyParameters(_Config):
     study: typing.ClassVar[str] = ""
     presets: typing.ClassVar[tuple[str, ...]] = ("smoke", "full")
     usual_preset: typing.ClassVar[str] = "full"
+    usual_text: typing.ClassVar[str] = "verse"
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -131,7 +133,7 @@ class StudyParameters(_Config):
     @property
     def data(self) -> DataConfig:
         """The text that the study reads, and its tokenizer."""
-        return DataConfig(self.text or ("zipf-markov" if self.preset == "smoke" else "verse"))
+        return DataConfig(self.text or ("zipf-markov" if self.preset == "smoke" else self.usual_text))
 
     @property
     def folder(self) -> Path:
@@ -141,7 +143,7 @@ class StudyParameters(_Config):
         parts = [self.study]
         if self.preset != self.usual_preset:
             parts.append(self.preset)
-        if self.text and self.text != "verse":
+        if self.text and self.text != self.usual_text:
             parts.append(re.sub(r"[^a-z0-9]+", "-", Path(self.text).stem.lower()).strip("-") or "text")
         if self.vocab_size != type(self).vocab_size:
             parts.append(str(self.vocab_size))
@@ -200,6 +202,130 @@ class ModelParameters(StudyParameters):
     """What can be asked of studies/model_scaling.ipynb."""
 
     study: typing.ClassVar[str] = "model_scaling"
+    presets: typing.ClassVar[tuple[str, ...]] = ("smoke", "quick", "full")
+
+
+@dataclass(frozen=True)
+class DataQualityParameters(StudyParameters):
+    """What can be asked of studies/data_quality.ipynb."""
+
+    study: typing.ClassVar[str] = "data_quality"
+    presets: typing.ClassVar[tuple[str, ...]] = ("smoke", "quick", "full")
+
+
+@dataclass(frozen=True)
+class AblationParameters(StudyParameters):
+    """What can be asked of studies/ablations.ipynb, besides what every study takes.
+
+    variants: names from tinylm.study.ablations.VARIANTS, with commas between; empty is all of them.
+    """
+
+    variants: str = ""
+
+    study: typing.ClassVar[str] = "ablations"
+    presets: typing.ClassVar[tuple[str, ...]] = ("smoke", "quick", "full")
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """The names that are asked for."""
+        return tuple(name.strip() for name in self.variants.split(",") if name.strip())
+
+
+@dataclass(frozen=True)
+class ClaimsParameters(_Config):
+    """What can be asked of studies/claims.ipynb, which trains nothing but, for the smoke preset, small evidence of its own.
+
+    evidence: the folder that holds the studies' results, relative to the repository. numbers: the claims to be judged; empty is
+    all of them, or for the smoke preset those that its small evidence serves. results_dir: where the report goes; empty is
+    results/local/claims.
+    """
+
+    preset: str = "full"
+    evidence: str = "results"
+    numbers: tuple[float, ...] = ()
+    results_dir: str = ""
+
+    study: typing.ClassVar[str] = "claims"
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        self._one_of("preset", ("smoke", "full"))
+        whole = all(number == int(number) for number in self.numbers)
+        self._require(whole, "claims are known by whole numbers", "write 3 or [3, 6]", numbers=self.numbers)
+
+    @property
+    def folder(self) -> Path:
+        """Where the study writes."""
+        named = "claims" if self.preset == "full" else f"claims-{self.preset}"
+        return repository() / (
+            Path(self.results_dir).expanduser() if self.results_dir else Path("results/local", named)
+        )
+
+
+@dataclass(frozen=True)
+class NormsParameters(_Config):
+    """What can be asked of studies/norms.ipynb, which times code and trains nothing.
+
+    force: measure also while the machine is busy; the report says so. results_dir: where timings and report go; empty is
+    results/local/norms.
+    """
+
+    preset: str = "full"
+    results_dir: str = ""
+    force: bool = False
+
+    study: typing.ClassVar[str] = "norms"
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        self._one_of("preset", ("smoke", "quick", "full"))
+
+    @property
+    def folder(self) -> Path:
+        """Where the study writes."""
+        named = self.study if self.preset == "full" else f"{self.study}-{self.preset}"
+        return repository() / (
+            Path(self.results_dir).expanduser() if self.results_dir else Path("results/local", named)
+        )
+
+
+@dataclass(frozen=True)
+class DecodingParameters(NormsParameters):
+    """What can be asked of studies/decoding.ipynb, which times code and trains nothing: the same as of norms."""
+
+    study: typing.ClassVar[str] = "decoding"
+
+
+@dataclass(frozen=True)
+class ExtrapolationParameters(StudyParameters):
+    """What can be asked of studies/extrapolation.ipynb, whose usual text is ``stories``: books, which have long contexts."""
+
+    study: typing.ClassVar[str] = "extrapolation"
+    presets: typing.ClassVar[tuple[str, ...]] = ("smoke", "quick", "full")
+    usual_text: typing.ClassVar[str] = "stories"
+
+
+@dataclass(frozen=True)
+class StabilityParameters(StudyParameters):
+    """What can be asked of studies/stability.ipynb."""
+
+    study: typing.ClassVar[str] = "stability"
+    presets: typing.ClassVar[tuple[str, ...]] = ("smoke", "quick", "full")
+
+
+@dataclass(frozen=True)
+class HyperparameterParameters(StudyParameters):
+    """What can be asked of studies/hyperparameters.ipynb."""
+
+    study: typing.ClassVar[str] = "hyperparameters"
+    presets: typing.ClassVar[tuple[str, ...]] = ("smoke", "quick", "full")
+
+
+@dataclass(frozen=True)
+class NumericsParameters(StudyParameters):
+    """What can be asked of studies/numerics.ipynb."""
+
+    study: typing.ClassVar[str] = "numerics"
     presets: typing.ClassVar[tuple[str, ...]] = ("smoke", "quick", "full")
 
 

@@ -109,7 +109,7 @@ class Run:
 
     @property
     def corpus_key(self) -> dict:
-        """What is asked of ``corpora.prepare``: the text by name or path, and the tokenizer."""
+        """What is asked of ``corpora.prepare``: the text by name or path, its damage, and the tokenizer."""
         return {**self.data.to_dict(), "vocab_size": self.model.vocab_size}
 
     @property
@@ -130,7 +130,7 @@ def identity(run: Run, corpus_identity: dict, arithmetic: dict, revision: int | 
         from tinylm.backend import NUMERICS_REVISION as revision
     train = run.train.resolve(run.model).to_dict()
     parts = {
-        "model": run.model.resolve().to_dict(),
+        "model": run.model.identifying(),
         "train": {name: value for name, value in train.items() if name not in NO_NUMBER},
         "corpus": {name: value for name, value in corpus_identity.items() if name != "text"},
         "arithmetic": arithmetic,
@@ -256,7 +256,7 @@ def table(records: list[dict], tags: list[dict] | None = None) -> pandas.DataFra
 
 def _row(record: dict) -> dict:
     parameters = record["parameters"]
-    row = {**record["data"], **record["model"], **record["train"]}
+    row = {**record["data"], **ModelConfig.from_dict(record["model"]).to_dict(), **record["train"]}
     row |= {name: record[name] for name in ("threads", "device")}  # as resolved
     row |= {f"params_{part}": parameters[part] for part in ("total", "non_embedding", "embedding", "head")}
     row |= {name: record.get(name) for name in COLUMNS if name not in row}
@@ -513,8 +513,10 @@ def _asked(model: ModelConfig, train: TrainConfig) -> dict:
 
 
 def _find(entries: list[dict], asked: dict) -> dict | None:
-    """The entry for what is asked. One written when fewer things were told apart stands for all that they are now."""
-    return next((entry for entry in entries if entry["asked"].items() <= asked.items()), None)
+    """The entry for what is asked. One written when fewer things were told apart stands for all that they are now, but for
+    damage: a text of which none is told has none."""
+    asked = {"damage": None, **asked}
+    return next((entry for entry in entries if {"damage": None, **entry["asked"]}.items() <= asked.items()), None)
 
 
 # Training one run.
@@ -558,7 +560,7 @@ def prepare_corpus(run: Run, progress: bool = False) -> typing.Any:
     from tinylm import corpora
 
     data = run.data
-    corpus = corpora.prepare(data.text, data.tokenizer, run.model.vocab_size, data.field, progress=progress)
+    corpus = corpora.prepare(data.text, data.tokenizer, run.model.vocab_size, data.field, progress, data.damage)
     if corpus.tokenizer.vocab_size != run.model.vocab_size:
         raise ConfigError(
             "the model's vocabulary must be the tokenizer's",

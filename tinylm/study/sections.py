@@ -84,7 +84,7 @@ class SectionStudy(Study):
         table[["sd_low_90", "sd_high_90"]] = ends
         self.report.section("How much luck there is")
         self.report.text(
-            f"{len(table)} of the runs were trained with {table.runs.max()} seeds each. Pooled over them, the standard "
+            f"{len(table)} of the runs were trained with {_span(table.runs)} seeds each. Pooled over them, the standard "
             f"deviation of the loss between seeds is **{self.seed_sd:.4f} nats** (90 % interval {interval(low, high, '.4f')}, "
             f"{self.freedom} degrees of freedom). Two single runs must differ by {1.96 * 2**0.5 * self.seed_sd:.3f} nats before "
             "chance is unlikely."
@@ -122,6 +122,11 @@ class SectionStudy(Study):
         options = {"bootstrap": self.preset.bootstrap, "seed": self.settings.seed, **options}
         kinds = {"no floor": False, "floor": True} if len(x) >= 4 else {"no floor": False}
         return {kind: fit_power(x, loss, floor=floor, **options) for kind, floor in kinds.items()}
+
+
+def _span(counts: pd.Series) -> str:
+    """Counts in words: 8, or 3 to 20."""
+    return f"{counts.min()}" if counts.nunique() == 1 else f"{counts.min()} to {counts.max()}"
 
 
 def aicc(fit: Fit) -> float:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import html
-import json
 from pathlib import Path
 
 import ipywidgets
 import numpy as np
+import pandas as pd
 from matplotlib import ticker
 from matplotlib.figure import Figure
 
@@ -15,10 +15,7 @@ from tinylm import counts
 from tinylm.config import DataConfig, GenerateConfig
 from tinylm.errors import LabError
 from tinylm.generate import stream
-from tinylm.study import runs
 from tinylm.study.design import Recipe
-from tinylm.study.multipliers import variants as compare_variants
-from tinylm.study.planner import Evidence
 from tinylm.study.runs import Run
 from tinylm.widgets.generation import side_by_side, write_together
 from tinylm.widgets.live import PLAIN, LiveRun, labs_folder
@@ -236,36 +233,43 @@ class AblationsPanel(Panel):
 
 def _known_variants() -> str:
     """What studies have measured of variants, as a table; a word where none has."""
-    law = next((law for folder in study_folders() if (law := _frontier(folder)) is not None), None)
-    for folder in study_folders():
-        try:
-            found = compare_variants(runs.load_runs(folder, on_damage="skip"), law)
-        except LabError:
-            continue
-        rows = []
-        for row in found.to_dict("records"):
-            worth = ""
-            if "multiplier" in row:
-                ends = (
-                    f" [{row['multiplier_low']:.2f}, {row['multiplier_high']:.2f}]" if row["low"] == row["low"] else ""
-                )
-                worth = f"{row['multiplier']:.2f}{ends}"
-            rows.append(
-                (row["variant"], f"{row['loss']:.3f}", f"{row['difference']:+.3f}", worth, row["seeds"], row["verdict"])
+    for name, read in (("multipliers", _by_compute), ("variants", _by_loss)):
+        for folder in study_folders():
+            try:
+                head, rows = read(pd.read_csv(folder / "tables" / f"{name}.csv"))
+            except (OSError, ValueError, AttributeError):
+                continue
+            said = (
+                f"Measured with several seeds, each variant at its own best rate: results of "
+                f"<b>{html.escape(folder.name)}</b>. A compute multiplier is how much compute the baseline needs for that loss, "
+                "over what the variant took: below 1 the variant wastes compute."
             )
-        head = ("variant", "loss (nats/token)", "above the baseline", "compute multiplier [95 %]", "seeds", "verdict")
-        said = (
-            f"Measured with several seeds, each variant at its own best rate: results of <b>{html.escape(folder.name)}</b>. "
-            "A compute multiplier below 1 says that the baseline reaches that loss with so much less compute."
-        )
-        return f"<div class='tinylm-known' style='{SMALL}'>{said}</div>{table(head, rows)}"
+            return f"<div class='tinylm-known' style='{SMALL}'>{said}</div>{table(head, rows)}"
     said = "No study in results/ has compared variants yet: one seed is all there is here."
     return f"<div class='tinylm-known' style='{SMALL}'>{said}</div>"
 
 
-def _frontier(folder: Path):
-    """The law L(C) of a study, where it has one."""
-    try:
-        return Evidence.from_dict(json.loads((folder / "tables" / "law.json").read_text(encoding="utf-8"))).frontier
-    except (OSError, KeyError, TypeError, ValueError):
-        return None
+def _by_compute(measured: pd.DataFrame) -> tuple[tuple[str, ...], list[tuple]]:
+    """Head and rows of what the ablations say: differences in nats, and what they are worth in compute."""
+    rows = [
+        (row.place, row.variant, f"{row.difference:+.3f}", f"{row.reads} [{row.multiplier_low:.2f}, {row.multiplier_high:.2f}]",
+         row.seeds, row.verdict)
+        for row in measured.itertuples()
+    ]  # fmt: skip
+    return (
+        "place",
+        "variant",
+        "above the baseline (nats/token)",
+        "compute multiplier [95 %]",
+        "seeds",
+        "verdict",
+    ), rows
+
+
+def _by_loss(measured: pd.DataFrame) -> tuple[tuple[str, ...], list[tuple]]:
+    """The same of a study that compared losses alone."""
+    rows = [
+        (row.variant, f"{row.loss:.3f}", f"{row.difference:+.3f}", row.seeds, row.verdict)
+        for row in measured.itertuples()
+    ]
+    return ("variant", "loss (nats/token)", "above the baseline", "seeds", "verdict"), rows
