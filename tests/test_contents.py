@@ -41,3 +41,19 @@ def test_the_first_page_tells_each_study_and_what_changes_with_the_text(tmp_path
     links = re.findall(r"\]\(([^)]+)\)", page)
     assert links and all((tmp_path / link).exists() for link in links)
     assert pd.read_csv(tmp_path / "texts.csv").text.tolist() == ["verse", "stories"]
+
+
+def test_verdicts_and_the_map_come_first(tmp_path):
+    study(tmp_path, "ablations_of_mine", "verse", 0.4)
+    study(tmp_path, "hyperparameters", "verse", 0.4)
+    (tmp_path / "hyperparameters" / "figures").mkdir()
+    (tmp_path / "hyperparameters" / "figures" / "map.png").write_bytes(b"")
+    study(tmp_path, "claims", "verse", 0.4)
+    verdict = {"claim": 3, "sentence": "SwiGLU is better.", "verdict": "undecided", "supported": 1, "refuted": 0,
+               "undecided": 3, "seeds": 5, "corpus": "verse"}  # fmt: skip
+    pd.DataFrame([verdict]).to_csv(tmp_path / "claims" / "tables" / "verdicts.csv", index=False)
+    page = contents.write(tmp_path).read_text()
+    assert "| 3 | SwiGLU is better. | **undecided** | 1 of 4 | 5 | verse |" in page
+    assert page.index("SwiGLU") < page.index("map.png") < page.index("A finding of ablations_of_mine")
+    (tmp_path / "claims" / "tables" / "verdicts.csv").write_text("damaged\n1\n")
+    assert "A finding of claims." in contents.write(tmp_path).read_text()

@@ -20,21 +20,34 @@ LAWS = {  # column -> (law, parameter) of a compute study's tables/laws.csv
 }
 
 
+# What a reader meets first; what is not named here follows by name.
+ORDER = ("claims", "hyperparameters", "compute_scaling", "data_scaling", "model_scaling", "ablations", "quickstart")
+
+
 def write(results: Path) -> Path:
-    """Write results/README.md anew from the reports and tables that lie under ``results``."""
+    """Write results/README.md anew from the reports and tables that lie under ``results``: verdicts and the measured map
+    first, where they are there."""
     results = Path(results)
     reports = sorted([*results.glob("*/README.md"), *results.glob("bench/*/README.md")])
-    folders = [path.parent for path in reports if path.parent.name != "local"]
+    folders = sorted(
+        (path.parent for path in reports if path.parent.name != "local"),
+        key=lambda folder: ORDER.index(folder.name) if folder.name in ORDER else len(ORDER),
+    )
     pieces = [
         "# Results\n\nEvery number here was computed from the records beside it. The first lines of each report stand below; "
-        "the reports have the tables, the figures and the doubts."
+        "the reports have the tables, the figures and the doubts; a study's last section has the command that makes it again."
     ]
     texts = pd.DataFrame([row for folder in folders if (row := _laws(folder))])
     for folder in folders:
         title, findings = _first_lines(folder / "README.md")
-        pieces.append(
-            "\n\n".join(filter(None, [f"## [{title}]({folder.relative_to(results).as_posix()}/README.md)", findings]))
+        link = folder.relative_to(results).as_posix()
+        shown = _verdicts(folder, link) or findings
+        picture = (
+            f"![The map of hyperparameters]({link}/figures/map.png)"
+            if (folder / "figures" / "map.png").exists()
+            else ""
         )
+        pieces.append("\n\n".join(filter(None, [f"## [{title}]({link}/README.md)", shown, picture])))
     if len(texts) > 1:
         write_table(results / "texts.csv", texts)
         pieces.append(
@@ -44,6 +57,25 @@ def write(results: Path) -> Path:
             + "\n\n([texts.csv](texts.csv))"
         )
     return write_whole(results / "README.md", "\n\n".join(pieces) + "\n")
+
+
+def _verdicts(folder: Path, link: str) -> str:
+    """The table of verdicts of the claims study; empty for any other."""
+    try:
+        rows = pd.read_csv(folder / "tables" / "verdicts.csv").to_dict("records")
+        parts = [f"{row['supported']} of {row['supported'] + row['refuted'] + row['undecided']}" for row in rows]
+        lines = [
+            f"| {row['claim']} | {row['sentence']} | **{row['verdict']}** | {part} | {row['seeds']} | {row['corpus']} |"
+            for row, part in zip(rows, parts, strict=True)
+        ]
+    except (OSError, KeyError, ValueError):
+        return ""
+    told = (
+        "What the design says, tried: the verdict of a rule that was written down beforehand, how many of its comparisons hold, "
+        f"the fewest seeds behind one, and the text. Effects with their intervals are in the [report]({link}/README.md)."
+    )
+    heads = "| | claim | verdict | comparisons that hold | seeds | text |\n| ---: | :--- | :--- | :--- | ---: | :--- |"
+    return f"{told}\n\n{heads}\n" + "\n".join(lines)
 
 
 def _first_lines(path: Path) -> tuple[str, str]:
