@@ -7,18 +7,22 @@ MINUTES ?=
 SEED ?=
 ONLY ?=
 FORCE ?=
+KILLS ?=
+DAMAGES ?=
+EXAMPLES ?=
 
 PY = $(VENV)/bin/python
 NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
-export TEXT PRESET MINUTES SEED ONLY
+export TEXT PRESET MINUTES SEED ONLY KILLS DAMAGES EXAMPLES
 
-.PHONY: help study lab screenshots bench test test-slow check format environment test-environment clean
+.PHONY: help study lab screenshots bench soak test test-slow check format environment test-environment clean
 
 help:
 	@echo 'make study      measure the scaling law of a text: TEXT=path or name, PRESET=smoke|quick|full, MINUTES=, SEED='
 	@echo 'make lab        open the labs in JupyterLab, on this machine only'
 	@echo 'make screenshots  open every lab in a browser, play, and keep its picture in labs/pictures'
 	@echo 'make bench      measure speed on this idle machine: ONLY=training,sweep PRESET=smoke|full FORCE=1'
+	@echo 'make soak       kill work, damage files, feed readers nonsense: KILLS=200 DAMAGES=1000 EXAMPLES=2000 SEED=0'
 	@echo 'make test       the quick tests (make test-slow: the others)'
 	@echo 'make check      format and lint (make format: mend both)'
 	@echo 'make clean      remove what tools leave behind; results and the environment stay'
@@ -37,6 +41,10 @@ screenshots: test-environment
 
 bench: test-environment
 	$(PY) -m tinylm bench $(if $(ONLY),--only "$$ONLY") $(if $(PRESET),--preset "$$PRESET") $(if $(FORCE),--force)
+
+soak: test-environment
+	$(PY) -m tinylm.study.reliability $(if $(KILLS),--kills "$$KILLS") $(if $(DAMAGES),--damages "$$DAMAGES") \
+		$(if $(EXAMPLES),--examples "$$EXAMPLES") $(if $(SEED),--seed "$$SEED")
 
 test: test-environment
 	$(PY) -m pytest -m "not slow"

@@ -11,12 +11,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from tinylm import backend
 from tinylm.errors import LabError
 from tinylm.study import claims
 from tinylm.study.ablations import AS_USED, VARIANTS
 from tinylm.study.claims import ABOVE, BELOW, CLAIMS, COLUMNS, EQUAL, Claim, Part, claims_of, judge, seal
 from tinylm.study.parameters import ClaimsParameters, repository
-from tinylm.study.runs import write_record
+from tinylm.study.runs import _write_checked, write_record
 
 NOW = "2999-01-01T00:00:00+00:00"  # when the made-up runs began: after any seal
 
@@ -191,6 +192,27 @@ def test_a_rule_sealed_after_its_data_is_told_so(tmp_path):
     assert judge(tmp_path, [SWIGLU])[0].sealed == "after"
 
 
+@pytest.mark.parametrize("study, pieces", [("norms", "sittings"), ("decoding", "cells")])
+def test_what_was_timed_counts_as_data(study, pieces, tmp_path):
+    """Studies that train nothing have no records of runs: their timings say whether the rule came first, and hold it."""
+    folder, part = tmp_path / study, Part("how long", study, "seconds", claims.BELOW)
+    rule = Claim(99, "time", "It is quick.", "any", (part,))
+    seal(folder, study, [rule])
+    (folder / "tables").mkdir()
+    effects = pd.DataFrame([claims.effects_row(part.name, -0.1, -0.2, -0.05)])
+    effects.to_csv(folder / "tables" / "effects.csv", index=False)
+    seal(folder, study, [dataclasses.replace(rule, margin="a tenth")])  # nothing was timed yet
+    seal(folder, study, [rule])
+    for started, told in (("2999-01-01T00:00:00.000+00:00", "before"), ("2001-01-01T00:00:00.000+00:00", "after")):
+        _write_checked(
+            folder / claims.TIMINGS, "timings", {"asked": {}, pieces: [{"started": NOW}, {"started": started}]}
+        )
+        (verdict,) = judge(tmp_path, [rule])
+        assert (verdict.verdict, verdict.sealed) == ("supported", told)
+    with pytest.raises(LabError, match="may not change after its data"):
+        seal(folder, study, [dataclasses.replace(rule, margin="a tenth")])
+
+
 def test_a_seal_that_was_tampered_with_is_refused(root):
     path = root / "ablations" / claims.RULES
     path.write_text(path.read_text().replace(SWIGLU.hash, "0" * 16))
@@ -265,6 +287,7 @@ def test_the_laws_of_the_compute_study_are_read(tmp_path):
     for i, r in enumerate(rows):
         parts = {"total": r["params"], "non_embedding": r["params"], "embedding": 0, "head": 0}
         about = {"threads": 1, "device": "cpu", "tags": {"family": "isoflop", "budget": r["budget"]}, "started": NOW}
+        about["numerics_revision"] = backend.NUMERICS_REVISION
         write_record(
             folder,
             {"run_id": f"r{i:03d}", "status": "finished", "parameters": parts, "tokens_seen": r["tokens"], "val_loss": r["loss"],

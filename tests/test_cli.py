@@ -48,7 +48,8 @@ def test_help_is_quick_and_imports_no_torch():
 
 
 def test_help_names_every_command_and_choice():
-    assert set(main.commands) == {"fetch", "train", "generate", "export", "import", "fit", "plan", "study", "bench"}
+    commands = {"fetch", "train", "generate", "export", "import", "fit", "plan", "study", "bench", "doctor", "clean"}
+    assert set(main.commands) == commands
     listed = call("--help").output
     for name in main.commands:
         assert re.search(rf"^  {name} +\S", listed, re.MULTILINE)

@@ -30,7 +30,7 @@ STUDIES = [path for path in NOTEBOOKS if path.parent.name == "studies"]
 FLOORS = (
     ("errors", "words"),
     ("files",),
-    ("config",),
+    ("cache", "config"),
     ("counts", "layers", "ranks"),
     ("backend", "normalization", "positional"),
     ("attention", "mlp"),
@@ -44,7 +44,7 @@ FLOORS = (
     ("__main__",),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-TORCHLESS = ("errors", "files", "config", "counts", "cli", "__main__")
+TORCHLESS = ("errors", "files", "cache", "config", "counts", "cli", "__main__")
 
 
 # ------------------------------------------------------------------------------------------------------------ imports

@@ -17,6 +17,7 @@ from tinylm.errors import ConfigError, DamagedFileError, LabError, TextError
 from tinylm.study import runs as engine
 from tinylm.study.parameters import repository
 from tinylm.study.runs import COLUMNS, Folder, Run, identity, load_runs, read_record, train_run, write_record
+from tinylm.study.sweep import sweep
 from tinylm.train import evaluate
 
 CORPUS = {"text": "a", "text_sha256": "1", "tokenizer_sha256": "2", "split": "90/5/5"}
@@ -146,8 +147,11 @@ def test_a_record_is_believed_whole_or_not_at_all(tmp_path):
 def test_a_record_of_another_schema_is_refused_in_words(tmp_path):
     path = write_record(tmp_path, {"run_id": "ab"})
     path.write_text(path.read_text().replace('"schema": 1', '"schema": 2'))
-    with pytest.raises(DamagedFileError, match="schema 2"):
+    with pytest.raises(engine.OtherSchemaError, match="schema 2") as caught:
         read_record(path)
+    assert "the version of tinylm that wrote it" in caught.value.fix
+    with pytest.warns(UserWarning, match="schema 2"):
+        assert load_runs(tmp_path, on_damage="skip").empty
 
 
 def test_train_run_records_itself_and_is_not_trained_twice(text, tmp_path):
@@ -245,6 +249,22 @@ def test_a_folder_keeps_to_one_numerics_revision(text, tmp_path, monkeypatch):
     assert train_run(a_run(text), tmp_path)["finished"] == record["finished"]
     with pytest.raises(LabError, match="numerics revision"):
         train_run(a_run(text, seed=1), tmp_path)
+
+
+def test_runs_of_another_numerics_revision_are_shown_as_such(text, tmp_path, monkeypatch, capsys):
+    old = train_run(a_run(text), tmp_path / "old")
+    assert set(load_runs(tmp_path / "old").numerics_revision) == {backend.NUMERICS_REVISION}  # and no warning
+    monkeypatch.setattr(backend, "NUMERICS_REVISION", backend.NUMERICS_REVISION + 1)
+    with pytest.warns(UserWarning, match=f"1 of revision {backend.NUMERICS_REVISION - 1}; this version trains"):
+        assert load_runs(tmp_path / "old").numerics_revision.tolist() == [backend.NUMERICS_REVISION - 1]
+    sweep([a_run(text)], tmp_path / "old", workers=1)  # redraws what is there, and says what it is
+    assert f"1 of revision {backend.NUMERICS_REVISION - 1}; this version trains" in capsys.readouterr().out
+    new = train_run(a_run(text), tmp_path / "new")
+    assert new["run_id"] != old["run_id"]
+    write_record(tmp_path / "new", old)  # copied by hand
+    with pytest.warns(UserWarning, match="do not fit them together"):
+        frame = load_runs(tmp_path / "new").set_index("run_id")
+    assert frame.numerics_revision[old["run_id"]] == frame.numerics_revision[new["run_id"]] - 1
 
 
 def test_records_are_found_without_the_text_and_never_under_another(text, tmp_path):

@@ -276,6 +276,15 @@ def test_repeated_text_is_fitted_where_it_is_told(write):
     assert any("repeat their text" in w for w in plain["warnings"])
 
 
+def test_rows_of_several_numerics_revisions_are_not_mixed_without_a_word(write):
+    table = runs(20).assign(numerics_revision=[1] * 8 + [2] * 12)
+    mixed = fit_file(write(table), NAMES, bootstrap=0)
+    (said,) = [w for w in mixed.content["warnings"] if "numerics revisions (1, 2)" in w]
+    assert said in mixed.text
+    alone = fit_file(write(table), NAMES, bootstrap=0, drop=["numerics_revision!=2"])  # as the warning says
+    assert alone.content["n"] == 12 and not [w for w in alone.content["warnings"] if "several" in w]
+
+
 def test_a_form_that_is_not_there_is_refused(write):
     with pytest.raises(LabError, match="surface, power, isoflop"):
         fit_file(write(runs()), NAMES, form="cubic")

@@ -302,7 +302,7 @@ def test_a_file_that_changes_under_the_hand_is_named(trained, tmp_path, change):
     write(path, change(path.read_bytes()))
     with pytest.raises(TextError, match=r"must not change.*a\.txt"):
         module.encode_spans(path, found.sha256, [(0, found.size)], trained["bpe"], out, progress=False)
-    assert list(out.iterdir()) == []
+    assert not list(out.glob("*"))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")

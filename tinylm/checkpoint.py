@@ -17,12 +17,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from tinylm import counts
 from tinylm.config import ModelConfig
 from tinylm.errors import ConfigError, DamagedFileError, LabError
 from tinylm.files import canonical_json, sha256_bytes, write_whole
 from tinylm.model import TinyLM
 
 MODEL_FORMAT, STATE_FORMAT = "tinylm-model-1", "tinylm-state-1"
+MAX_SEQ_LEN = 1 << 24  # the most that a file is believed: positions take room before there is any text
 _TOKENIZER = "tokenizer"  # no parameter bears this name: theirs end in .weight or .bias
 
 
@@ -49,14 +51,29 @@ def load_model(path: str | os.PathLike) -> tuple[TinyLM, object | None, dict]:
     """
     tensors, meta = _unpack(path, MODEL_FORMAT)
     stored = tensors.pop(_TOKENIZER, None)
-    model = TinyLM(ModelConfig.from_dict(meta["config"]))
+    told, metadata = meta.get("config"), meta.get("metadata")
+    if not isinstance(told, dict) or not isinstance(metadata, dict):
+        raise DamagedFileError("A model's file must tell its config", path, "write the file again from its model")
+    model = _built(ModelConfig.from_dict(told), tensors, path)
     copy_weights(model, tensors, path)
     tokenizer = None
     if stored is not None:
         from tinylm.tokenizer import Tokenizer
 
         tokenizer = Tokenizer.from_bytes(stored.numpy().tobytes())
-    return model.eval(), tokenizer, meta["metadata"]
+    return model.eval(), tokenizer, metadata
+
+
+def _built(config: ModelConfig, tensors: dict[str, Tensor], path: str | os.PathLike) -> TinyLM:
+    """The model of a file's config, where that is not far larger than the file: no room is taken on its word alone."""
+    held, said = sum(tensor.numel() for tensor in tensors.values()), counts.parameters(config)["total"]
+    if said > 4 * max(held, 1 << 18) or config.max_seq_len > MAX_SEQ_LEN:
+        raise DamagedFileError(
+            "A file's weights must be those of its config",
+            f"{path}: {held:,} weights where the config has {said:,}, and max_seq_len={config.max_seq_len:,}",
+            "write the file again from its model",
+        )
+    return TinyLM(config)
 
 
 def copy_weights(model: TinyLM, weights: dict[str, Tensor], path: str | os.PathLike) -> None:
@@ -143,8 +160,11 @@ def _unpack(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor], dict
             f"The file must be of the kind {kind}", f"{path} of the kind {found}", "models and states are not exchanged"
         )
     try:
-        return load(data), json.loads(notes["meta"])
-    except SafetensorError as error:
+        tensors, meta = load(data), json.loads(notes["meta"])
+        if not isinstance(meta, dict):
+            raise ValueError(f"its meta is {type(meta).__name__}")
+        return tensors, meta
+    except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise DamagedFileError(
             "The file must be a valid safetensors file", f"{path}: {error}", "write it again"
         ) from error

@@ -1,9 +1,10 @@
-"""The command line: fetch, train, generate, export, import, fit, plan, study, bench. Commands import what they need,
+"""The command line: fetch, train, generate, export, import, fit, plan, study, bench, doctor, clean. Commands import what they need,
 ``--help`` no torch."""
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import inspect
 import json
 import os
@@ -44,13 +45,20 @@ _CHOICES = {
 
 
 class _Commands(click.Group):
-    """Ends a LabError as one line on stderr with exit code 2, and Ctrl-C with 130; neither shows a traceback."""
+    """Ends a LabError, and what the system refuses, as one line on stderr with exit code 2, and Ctrl-C with 130; none shows a
+    traceback."""
 
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
         except LabError as error:
             click.echo(f"error: {error}", err=True)
+            ctx.exit(2)
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # who read the output has gone, which click ends in silence
+                raise
+            told = LabError("The system must let a command do its work", error, "mend what it names, and start again")
+            click.echo(f"error: {told}", err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
             click.echo("stopped", err=True)
@@ -337,7 +345,7 @@ def _checked(path: Path, read: Callable[[dict], typing.Any]) -> typing.Any:
             f"{path}: {error.strerror}",
             "run `tinylm study`, or name another folder with --results-dir; a text under 2 MB gives no compute law",
         ) from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise DamagedFileError(
             "The file must be as the study wrote it", f"{path}: {error!r}", "run the study again"
         ) from error
@@ -398,9 +406,56 @@ def bench(only: str | None, preset: str, rounds: int | None, force: bool, result
     benchmark.run(names, preset, results_dir, force, rounds, say=click.echo)
 
 
+@main.command()
+@click.argument("folder", required=False, metavar="[FOLDER]", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def doctor(folder: Path | None, as_json: bool) -> None:
+    """Check this installation and this machine, and with a FOLDER the results in it: one line a finding, with the way out.
+
+    ok: as it should be; look: it works, and there is something to know; broken: something will not work, and the exit code
+    is 1. Nothing is changed.
+    """
+    from tinylm.study import checkup
+
+    found = checkup.checkup(folder)
+    click.echo(checkup.to_json(found) if as_json else "\n".join(finding.line() for finding in found))
+    sys.exit(any(finding.state == checkup.BROKEN for finding in found))
+
+
+@main.command()
+@click.argument("kinds", nargs=-1, metavar="[KIND]...")
+@click.option("--results", "results_dir", type=click.Path(path_type=Path), help="Also what lies in a results folder.")
+@click.option("--yes", is_flag=True, help="Remove without asking.")
+def clean(kinds: tuple[str, ...], results_dir: Path | None, yes: bool) -> None:
+    """Say what the cache holds, by kind; with KINDs, remove these, after showing them.
+
+    With --results also the checkpoints of runs that were cut off, and half-written files. Records and models stay, whatever
+    is named, links are not followed, and nothing is removed that a run is using.
+    """
+    import time
+
+    from tinylm import cache, files
+
+    kinds = cache.checked(kinds, results_dir)
+    found = cache.holdings(results_dir)
+    click.echo(f"cache: {files.home()}" + (f"; results: {results_dir}" if results_dir else ""))
+    for holding in found.values():
+        if holding.kind in kinds or (not kinds and (holding.paths or holding.links)):
+            used = time.strftime("last used %Y-%m-%d %H:%M", time.localtime(holding.used)) if holding.paths else ""
+            size = f"{holding.bytes / 1e6:10,.1f} MB {len(holding.paths):7,d} files"
+            click.echo(f"{holding.kind:12s}{size}  {used:26s}  {holding.about}")
+            for link in holding.links:
+                click.echo(f"{'':12s}{link} is a link: left alone")
+    doomed = sum(found[kind].bytes for kind in kinds)
+    if kinds and not any(found[kind].paths for kind in kinds):
+        click.echo("nothing to remove")
+    elif kinds and (yes or click.confirm(f"Remove {doomed / 1e6:,.1f} MB?")):
+        click.echo(f"{cache.remove(kinds, results_dir) / 1e6:,.1f} MB removed")
+
+
 def _value(text: str) -> object:
     """A parameter as a notebook should get it: a number, true, false, null or a list where it reads so, else text."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {"True": True, "False": False, "None": None}.get(text, text)

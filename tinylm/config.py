@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import sys
 import types
 import typing
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ SCHEDULES = ("cosine", "wsd")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 TOKENIZERS = ("bpe", "unigram", "char", "byte")
 DAMAGES = ("swap", "shuffle", "repeat", "boilerplate", "foreign")
+
+MOST = sys.float_info.max
 
 # Fields of ModelConfig that are younger than the first records. At its default such a field is no part of a run's identity,
 # so that what was trained before it was there is still found.
@@ -97,7 +100,7 @@ def _as_type(name: str, value: object, hint: object) -> object:
         if kind is bool and isinstance(value, bool):
             return value
         if kind in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
-            if value != value or value in (float("inf"), float("-inf")):
+            if not -MOST <= value <= MOST:  # NaN, too, lies nowhere
                 raise ConfigError(f"{name} must be a finite number", f"{name}={value!r}", "give a finite number")
             if kind is float:
                 return float(value)

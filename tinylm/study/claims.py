@@ -34,6 +34,7 @@ from tinylm.study.runs import _read_checked, _write_checked, load_runs, read_rec
 # losses, the run_ids of what is taken away, in the order of the same seeds.
 COLUMNS = ("part", "effect", "low", "high", "low_90", "high_90", "p", "unit", "seeds", "runs", "base_runs")
 TIMED = ("norms", "decoding")  # studies that time code and train nothing: their effects have no run_ids
+TIMINGS = "timings.json"  # where these keep what they timed
 
 Bounds = tuple[float | None, float | None]
 
@@ -390,7 +391,7 @@ def seal(folder: Path, study: str, claims: Iterable[Claim] = CLAIMS) -> None:
     changed = [
         claim for claim in own if (old := known.get(str(claim.number))) and old["hash"] != claim.hash
     ]  # fmt: skip
-    if changed and any((folder / "runs").glob("*.json")):
+    if changed and (any((folder / "runs").glob("*.json")) or (folder / TIMINGS).exists()):
         raise _changed(folder, changed[0], known)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
     rules = {
@@ -407,6 +408,15 @@ def _sealed(folder: Path) -> dict[str, dict]:
     return _read_checked(
         path, "rules", "restore it as it was written: without it nobody can say which rule came first"
     )["rules"]
+
+
+def _timed(folder: Path) -> list[str]:
+    """When each piece of timing in a folder began; none where nothing was timed there."""
+    path = folder / TIMINGS
+    if not path.exists():
+        return []
+    kept = _read_checked(path, "timings", "delete the file, and measure again")
+    return [one["started"] for one in kept.get("sittings", kept.get("cells", []))]
 
 
 def _changed(folder: Path, claim: Claim, known: dict[str, dict]) -> LabError:
@@ -545,7 +555,8 @@ def _judge_one(root: Path, claim: Claim, seen: dict[str, pd.DataFrame]) -> Verdi
         records = _records(root / part.study, part, row)
         runs |= records
         time = _sealed(root / part.study).get(str(claim.number), {}).get("time")
-        started = min((record["started"] for record in records.values()), default=None)
+        began = [record["started"] for record in records.values()] or _timed(root / part.study)
+        started = min(began, default=None)
         if time is None or (started is not None and started < time):
             sealed = "after"
         sizes = [record["parameters"]["total"] for record in records.values()]
@@ -731,7 +742,8 @@ def _gains(root: Path, ids: list[str], draws: int = 1000) -> list[dict]:
 
         wide, double = gains(0.25, 4.0), gains(1.0, 2.0)
         rows += [less(f"{place}: {what} less architecture", gain, architecture) for what, gain in wide.items()]
-        rows.append(less(f"{place}: data less parameters", double["data"], double["parameters"]))
+        (more, drawn), (larger, drawn_too) = double["data"], double["parameters"]  # of one surface: draw by draw
+        rows.append(drawn_row(f"{place}: data less parameters", more - larger, drawn - drawn_too, runs=ids))
         if "compute" in double:
             rows.append(less(f"{place}: parameters less compute", double["parameters"], double["compute"]))
             rows.append(less(f"{place}: a doubling of compute less architecture", double["compute"], architecture))

@@ -26,6 +26,7 @@ from tinylm import counts
 from tinylm.config import ModelConfig
 from tinylm.errors import LabError
 from tinylm.study import bench, claims, contents, plots
+from tinylm.study.claims import TIMINGS
 from tinylm.study.parameters import DecodingParameters, repository, within_repository
 from tinylm.study.report import Report, interval, write_table
 from tinylm.study.runs import _read_checked, _write_checked
@@ -36,7 +37,6 @@ from tinylm.words import duration, quantity
 GROUPS = (1, 2, 3, 4, 6)  # query heads that share a key-value head, as the heads allow; then all of them
 CLAIMED = "groups of 3"
 FASTER = 0.1  # what claim 5 calls faster: 10 % more tokens a second
-TIMINGS = "timings.json"
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ class DecodingStudy:
                     "give another results_dir",
                 )  # fmt: skip
         for cell in todo:
-            started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            started = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
             watch, began = bench._Watch(), time.monotonic()
             done = _time_apart(self.preset, cell)
             cells.append(

@@ -93,7 +93,7 @@ def _numbers(text: str) -> object:
     """The list in text such as "10, 60" or "[1e11, 2e11]"; the text itself where it is none, for the type check to refuse."""
     try:
         return json.loads(text if text.strip().startswith("[") else f"[{text}]")
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -250,7 +250,7 @@ class ClaimsParameters(_Config):
     def __post_init__(self) -> None:
         self._check_types()
         self._one_of("preset", ("smoke", "full"))
-        whole = all(number == int(number) for number in self.numbers)
+        whole = all(number.is_integer() for number in self.numbers)
         self._require(whole, "claims are known by whole numbers", "write 3 or [3, 6]", numbers=self.numbers)
 
     @property

@@ -9,6 +9,7 @@ computed is ever mixed in.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import datetime
@@ -59,7 +60,11 @@ _LEADING = (
     *("tokens_per_second", "reason"),
 )
 _CONFIG = tuple(f.name for cls in (ModelConfig, TrainConfig, DataConfig) for f in dataclasses.fields(cls))
-COLUMNS = tuple(dict.fromkeys((*_LEADING, *_CONFIG, "started", "finished", "model_file")))
+COLUMNS = tuple(dict.fromkeys((*_LEADING, *_CONFIG, "started", "finished", "model_file", "numerics_revision")))
+
+
+class OtherSchemaError(DamagedFileError):
+    """A whole file of ours that another version of tinylm wrote, in a layout that this one does not read."""
 
 
 @dataclass(frozen=True)
@@ -178,17 +183,24 @@ def _read_checked(path: Path, kind: str, way_out: str) -> dict:
 
     try:
         content = json.loads(path.read_bytes().decode("utf-8"), parse_constant=_no_constant)
+        checksum = _checksum(content) if isinstance(content, dict) else None
     except (ValueError, RecursionError) as error:
         raise refuse(f"no readable JSON ({error})") from None
+    except OSError as error:
+        raise LabError(
+            f"A {kind} file must be one that can be read",
+            f"{path}: {error.strerror}",
+            "mend its permissions, or remove it",
+        ) from error
     if not isinstance(content, dict) or content.get("kind") != kind:
         raise refuse("a file of another kind")
     if content.get("schema") != SCHEMA:
-        raise DamagedFileError(
+        raise OtherSchemaError(
             f"This version of tinylm reads schema {SCHEMA} of {kind} files",
             f"{path}: schema {content.get('schema')!r}",
             f"use the version of tinylm that wrote it, or {way_out}",
         )
-    if content.get("checksum") != _checksum(content):
+    if content.get("checksum") != checksum:
         raise refuse("its content does not match its checksum")
     return content
 
@@ -213,7 +225,9 @@ def write_record(results_dir: str | os.PathLike, record: dict) -> Path:
 def load_runs(results_dir: str | os.PathLike, on_damage: str = "raise") -> pandas.DataFrame:
     """All records of a results folder, one row a run, in order of their names. Columns as ``table`` gives them.
 
-    on_damage: ``raise`` stops at a damaged record, ``skip`` leaves it out with a warning.
+    on_damage: ``raise`` stops at a damaged record (or one of another schema), ``skip`` leaves it out with a warning. Runs
+    of another numerics revision than this version's are rows like the others, with a warning: ``numerics_revision`` tells
+    them apart.
     """
     if on_damage not in ("raise", "skip"):
         raise ConfigError("on_damage must be one of raise, skip", f"on_damage={on_damage!r}", "leave it out to raise")
@@ -223,12 +237,31 @@ def load_runs(results_dir: str | os.PathLike, on_damage: str = "raise") -> panda
     records = []
     for path in sorted((folder / "runs").glob("*.json")):
         try:
-            records.append(read_record(path))
+            record = read_record(path)
+            _checked_row(record)
+            records.append(record)
         except DamagedFileError as error:
             if on_damage == "raise":
                 raise
             warnings.warn(f"left out: {error}", stacklevel=2)
-    return table(records)
+    frame = table(records)
+    if told := revisions_told(frame["numerics_revision"]):
+        warnings.warn(f"{folder}: {told}", stacklevel=2)
+    return frame
+
+
+def revisions_told(revisions: typing.Iterable[object]) -> str:
+    """What to know of runs of these numerics revisions, one a run; nothing where all are this version's own."""
+    from tinylm.backend import NUMERICS_REVISION
+
+    counted = collections.Counter(map(str, revisions))
+    if set(counted) <= {str(NUMERICS_REVISION)}:
+        return ""
+    many = ", ".join(f"{number} of revision {revision}" for revision, number in sorted(counted.items()))
+    told = f"of these runs there are, by numerics, {many}; this version trains by revision {NUMERICS_REVISION}."
+    if len(counted) > 1:
+        return told + " Those of different revisions were computed differently: do not fit them together."
+    return told + " They may be read, drawn and fitted, and not compared with runs of another revision."
 
 
 def table(records: list[dict], tags: list[dict] | None = None) -> pandas.DataFrame:
@@ -238,7 +271,7 @@ def table(records: list[dict], tags: list[dict] | None = None) -> pandas.DataFra
     import pandas
 
     tags = [record.get("tags", {}) for record in records] if tags is None else tags
-    rows = [{**_row(record), **extra} for record, extra in zip(records, tags, strict=True)]
+    rows = [{**_checked_row(record), **extra} for record, extra in zip(records, tags, strict=True)]
     names = dict.fromkeys(name for extra in tags for name in extra)
     frame = pandas.DataFrame(rows, columns=[*COLUMNS, *names])
     for name in NUMBERS:
@@ -252,6 +285,26 @@ def table(records: list[dict], tags: list[dict] | None = None) -> pandas.DataFra
         if len(kinds) == 2:
             frame[name] = [None if pandas.isna(value) else str(value) for value in frame[name]]
     return frame
+
+
+def _checked_row(record: dict) -> dict:
+    """A record as a row. Raises DamagedFileError for one that is whole and yet holds what no run comes to."""
+    try:
+        row, tags = _row(record), record.get("tags", {})
+        numbers = {name: row.get(name) for name in (*NUMBERS, "numerics_revision")}
+        wrong = [name for name, value in numbers.items() if not isinstance(value, (int, float, type(None)))]
+        wrong += [name for name, value in tags.items() if not isinstance(value, (str, int, float, type(None)))]
+        for value in numbers.values() if not wrong else ():
+            float(value or 0)  # OverflowError for a whole number beyond all others
+        if wrong:
+            raise ValueError(f"{', '.join(map(repr, wrong))} of another type")
+        return row
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise DamagedFileError(
+            "A record must hold what its run was and came to",
+            f"run {record.get('run_id')}: {type(error).__name__} {error}",
+            "delete the file: the run will be trained again by the next sweep that asks for it",
+        ) from error
 
 
 def _row(record: dict) -> dict:

@@ -378,7 +378,7 @@ class Stability(SectionStudy):
             for name, r in self.effects.items()
         ]
         self.findings.append(
-            f"Pre-norm's largest stable rate lies above post-norm's by, {', '.join(told)} (mean over "
+            f"How far pre-norm's largest stable rate lies above post-norm's: {', '.join(told)} (mean over "
             f"{len(self.preset.depths)} depths)."
         )
 

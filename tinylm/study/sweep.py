@@ -38,6 +38,7 @@ from tinylm.study.runs import (
     perform,
     prepare_corpus,
     read_record,
+    revisions_told,
     stack_key,
     stop_training,
     table,
@@ -561,6 +562,8 @@ class _Show:
             of_it = [record for record in found.values() if record["status"] == status]
             if of_it:
                 self.say(f"{_told_runs(len(of_it))} {status}, the first: {of_it[0]['reason']}{remark}")
+        if told := revisions_told(record.get("numerics_revision") for record in found.values()):
+            self.say(told)
 
     def interrupted(self) -> None:
         if self.bar is not None:

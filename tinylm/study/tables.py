@@ -129,7 +129,8 @@ def read_runs(path: str | Path, columns: dict[str, str], drop: Sequence[str] = (
         elif bad:
             wrong += bad
         else:
-            rest = {name: value for name, value in row.items() if name not in numbers and name is not None}
+            taken = {*ROLES, "epochs", "line", None}  # a column of that name which is not asked for is none of ours
+            rest = {name: value for name, value in row.items() if name not in taken}
             kept.append({**rest, **numbers, "line": line})
     if wrong:
         raise LabError(
@@ -292,6 +293,11 @@ def _doubts(frame: pd.DataFrame, form: str) -> list[str]:
                 f"FLOPs are {middle:.3g} times 6 N D: the columns seem to be in units of different size. Exponents do not "
                 "depend on units, coefficients do."
             )
+    if "numerics_revision" in frame and len(kinds := sorted(set(frame["numerics_revision"].astype(str)))) > 1:
+        notes.append(
+            f"The rows are of several numerics revisions ({', '.join(kinds)}), computed differently: fit each alone, as with "
+            f'--drop "numerics_revision!={kinds[-1]}".'
+        )
     if "unique_tokens" in frame and form == "surface" and (frame["epochs"] > 1.02).any():
         count = int((frame["epochs"] > 1.02).sum())
         notes.append(

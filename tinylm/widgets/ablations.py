@@ -34,6 +34,7 @@ from tinylm.widgets.shared import (
     place,
     png,
     table,
+    wait_for,
 )
 from tinylm.words import quantity
 
@@ -45,9 +46,11 @@ VARIANTS = {
     "no positions": {"position": "none"},
     "ReLU instead of SwiGLU": {"mlp": "relu"},
     "GELU instead of SwiGLU": {"mlp": "gelu"},
+    "ReLU squared instead of SwiGLU": {"mlp": "relu2"},
     "LayerNorm instead of RMSNorm": {"norm": "layernorm"},
     "post-norm instead of pre-norm": {"norm_position": "post"},
     "one key-value head for all": {"num_kv_heads": 1},
+    "normed queries and keys": {"qk_norm": True},
     "untied embeddings": {"tie_embeddings": False},
     "fixed init": {"init": "fixed"},
 }
@@ -72,12 +75,12 @@ class AblationsPanel(Panel):
         self.text_path, self.results_dir = text, results_dir
         self.lives: dict[str, LiveRun] = {}
         self.chosen = ipywidgets.SelectMultiple(
-            options=list(VARIANTS), value=["the recipe", "no positions"], description="variants", rows=8,
+            options=list(VARIANTS), value=["the recipe", "no positions"], description="variants", rows=len(VARIANTS),
             style={"description_width": "60px"}, layout={"width": "auto"},
         )  # fmt: skip
         self.tokens = knob(
             ipywidgets.FloatLogSlider, "tokens", "of training, for each", "of training", 130,
-            min=4, max=7.5, step=0.1, value=2e5, readout_format=".2g",
+            min=4, max=7.5, step=0.1, value=2e5, readout_format=".2s",
         )  # fmt: skip
         self.vocab_size = knob(
             ipywidgets.SelectionSlider, "vocab_size", "different tokens of the tokenizer", "tokens",
@@ -140,7 +143,7 @@ class AblationsPanel(Panel):
             return
         wanted = self.runs
         rows = [
-            (name, f"{counts.parameters(run.model)['total']:,}", quantity(run.flops), run.train.max_steps)
+            (name, f"{counts.parameters(run.model)['total']:,}", quantity(run.flops), f"{run.train.max_steps:,}")
             for name, run in wanted.items()
         ]
         self.facts.value = table(("variant", "parameters", "FLOPs", "steps"), rows)
@@ -213,14 +216,17 @@ class AblationsPanel(Panel):
     def _draw_curves(self, figure: Figure) -> None:
         curves, ends = figure.subplots(1, 2, width_ratios=(1.6, 1))
         drawn = [(name, live) for name, live in self.lives.items() if live.curve]
+        if not drawn:
+            wait_for(curves, "press Train and speak:\ncurves will grow here")
+            wait_for(ends, "and here the differences\nat their ends")
+            return
         for number, (name, live) in enumerate(drawn):
             draw_curve(curves, live.curve, "val_loss", COLOURS[number], name)
         curves.set_ylabel("validation loss (nats/token)")
         log_x(curves, "training tokens")
-        curves.set_title("same text, batches and seed" if drawn else "press Train and speak: curves will grow here")
+        curves.set_title("same text, batches and seed")
         done = [(name, live.record["val_loss"]) for name, live in drawn if live.record and live.record["val_loss"]]
-        if drawn:
-            curves.legend(loc="upper right")
+        curves.legend(loc="upper right")
         if done:
             names, losses = zip(*done, strict=True)
             ends.barh(range(len(names)), np.array(losses) - losses[0], color=COLOURS[: len(names)], height=0.6)
@@ -240,10 +246,14 @@ def _known_variants() -> str:
             except (OSError, ValueError, AttributeError):
                 continue
             said = (
-                f"Measured with several seeds, each variant at its own best rate: results of "
-                f"<b>{html.escape(folder.name)}</b>. A compute multiplier is how much compute the baseline needs for that loss, "
-                "over what the variant took: below 1 the variant wastes compute."
+                "Measured with several seeds, each variant at its own best rate: results of "
+                f"<b>{html.escape(folder.name)}</b>."
             )
+            if read is _by_compute:
+                said += (
+                    " A compute multiplier is how much compute the baseline needs for that loss, over what the variant took: "
+                    "below 1 the variant wastes compute."
+                )
             return f"<div class='tinylm-known' style='{SMALL}'>{said}</div>{table(head, rows)}"
     said = "No study in results/ has compared variants yet: one seed is all there is here."
     return f"<div class='tinylm-known' style='{SMALL}'>{said}</div>"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import ipywidgets
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 
 from tinylm import counts
@@ -90,10 +91,14 @@ class InsidePanel(Panel):
         self.picture.value = png(draws[view], (9.6, height.get(view, 4.2)))
 
 
+def _past(weights: torch.Tensor) -> np.ndarray:
+    """Attention (T, T) without the future, which is hidden and stays clear on any ground."""
+    return np.ma.masked_array(weights.numpy(), np.triu(np.ones(weights.shape, bool), 1))
+
+
 def _one_head(figure: Figure, inside: Inside, pieces: list[str], layer: int, head: int) -> None:
     axes = figure.subplots()
-    weights = inside.attention[layer, head].numpy()
-    image = axes.imshow(weights, cmap="Blues", vmin=0, vmax=1)
+    image = axes.imshow(_past(inside.attention[layer, head]), cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(pieces)), pieces, rotation=90, parse_math=False)
     axes.set_yticks(range(len(pieces)), pieces, parse_math=False)
     axes.set(xlabel="is read", ylabel="reads", title=f"block {layer + 1}, head {head + 1}")
@@ -107,7 +112,7 @@ def _all_heads(figure: Figure, inside: Inside) -> None:
     for layer in range(blocks):
         for head in range(heads):
             axes = panels[layer, head]
-            axes.imshow(inside.attention[layer, head].numpy(), cmap="Blues", vmin=0, vmax=1)
+            axes.imshow(_past(inside.attention[layer, head]), cmap="Blues", vmin=0, vmax=1)
             axes.set(xticks=[], yticks=[], title=f"block {layer + 1}, head {head + 1}")
             axes.grid(False)
 

@@ -107,6 +107,8 @@ class LiveRun:
 
     def _sample(self, step: int) -> None:
         config = GenerateConfig(temperature=0.8, max_new_tokens=self.sample_tokens)
+        if len(self.samples) > 1 and 2 * (step - self.samples[-1][0]) < self.samples[1][0] - self.samples[0][0]:
+            self.samples.pop()  # the last evaluation may come a step or two after the one before
         try:
             tokens = stream(self.trainer.model, self.corpus.tokenizer, self.prompt, config)
             self.samples.append((step, self.prompt + "".join(token.text for token in tokens)))

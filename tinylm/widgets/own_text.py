@@ -37,6 +37,7 @@ from tinylm.widgets.shared import (
     place,
     png,
     table,
+    wait_for,
 )
 from tinylm.words import duration, quantity
 
@@ -69,7 +70,9 @@ class TextPanel(Panel):
             style={"description_width": "60px"},
             layout={"width": "420px", "max_width": "100%"},
         )
-        self.upload = ipywidgets.FileUpload(accept=".txt,.md", multiple=False, description="or upload one")
+        self.upload = ipywidgets.FileUpload(
+            accept=".txt,.md", multiple=False, description="or upload one", layout={"width": "auto"}
+        )
         self.look_button = button("Look", "search")
         self.vocab_size = knob(
             ipywidgets.SelectionSlider, "vocab_size", "different tokens of the tokenizer", "tokens",
@@ -91,11 +94,10 @@ class TextPanel(Panel):
             control.observe(lambda _: self._tell_plan(), "value")
         self.children = [
             beside(self.path, self.look_button, self.upload),
-            self.status,
             self.quality,
             grid([self.vocab_size, self.minutes]),
             self.plan_words,
-            beside(self.train_button, self.stop_button),
+            beside(self.train_button, self.stop_button, self.status),
             self.shown_picture(),
             self.samples,
             self.speaking,
@@ -131,6 +133,7 @@ class TextPanel(Panel):
         try:
             self.tokenizers = glance.tokenizers(text, say=say)
             self._show_quality()
+            self.redraw()
             if self._speed is None:
                 say_measuring = "measuring how fast this machine trains …"
                 self._progress(say_measuring)
@@ -141,7 +144,6 @@ class TextPanel(Panel):
         except _Stopped:
             return "stopped"
         self._tell_plan()
-        self.redraw()
         return ""
 
     def _show_quality(self) -> None:
@@ -266,17 +268,22 @@ class TextPanel(Panel):
 
     def _draw(self, figure: Figure) -> None:
         tried, curve = figure.subplots(1, 2)
-        if self.tokenizers is not None:
+        if self.tokenizers is None:
+            wait_for(tried, "tokenizers are tried on the text:\ntheir bits per byte will stand here")
+        else:
             tried.plot(self.tokenizers["vocab_size"], self.tokenizers["bits_per_byte"], "o-", color=COLOURS[0])
             tried.axhline(self.glance.bits, color=GREY, linestyle=":", label="LZMA")
             tried.legend()
-        tried.set(ylabel="bits a byte", title="token frequencies alone")
-        log_x(tried, "vocabulary (tokens)")
+            tried.set(ylabel="bits/byte", title="token frequencies alone")
+            log_x(tried, "vocabulary (tokens)")
         points = self.live.curve if self.live is not None else []
+        if not points:
+            wait_for(curve, "press Train:\nthe model's curve will grow here")
+            return
         draw_curve(curve, points, "val_bpb", COLOURS[1])
-        if self.glance is not None:
-            curve.axhline(self.glance.bits, color=GREY, linestyle=":")
-        curve.set(ylabel="bits a byte", title="the model, on held-out text (star: on more of it)")
+        curve.axhline(self.glance.bits, color=GREY, linestyle=":", label="LZMA")
+        curve.legend()
+        curve.set(ylabel="bits/byte", title="the model, on held-out text (star: on more of it)")
         log_x(curve, "training tokens")
 
 

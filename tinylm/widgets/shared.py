@@ -222,21 +222,24 @@ def knob(
         description=f"{name} ({unit})" if unit else name,
         tooltip=tooltip,
         style={"description_width": f"{label_width}px"},
-        layout={"width": "auto", "min_width": "0"},
+        layout={"width": "auto", "min_width": f"{label_width + 150}px"},
         **options,
     )
 
 
 def choice(name: str, tooltip: str, options: Sequence, value: object, label_width: int = 130) -> ipywidgets.Widget:
     """A few names as buttons, one of them pressed."""
-    return ipywidgets.ToggleButtons(
+    made = ipywidgets.ToggleButtons(
         description=name,
         options=options,
         value=value,
+        tooltip=tooltip,
         tooltips=[tooltip] * len(options),
         style={"description_width": f"{label_width}px", "button_width": "auto"},
         layout={"width": "auto"},
     )
+    made.add_class("widget-inline-hbox")  # the name stands before the buttons, as with sliders, not above them
+    return made
 
 
 def offer(widget: ipywidgets.Widget, options: Sequence) -> None:
@@ -259,7 +262,10 @@ def grid(children: Sequence[ipywidgets.Widget], width: int = 340) -> ipywidgets.
     """Controls side by side, as many as the page has room for."""
     columns = f"repeat(auto-fit, minmax(min({width}px, 100%), 1fr))"
     return ipywidgets.GridBox(
-        list(children), layout=ipywidgets.Layout(grid_template_columns=columns, grid_gap="0 24px")
+        list(children),
+        layout=ipywidgets.Layout(
+            grid_template_columns=columns, grid_gap="0 24px", align_items="center", overflow="visible"
+        ),
     )
 
 
@@ -276,7 +282,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A small HTML table of plain words; a narrow page scrolls it."""
     cells = "".join(f"<th style='text-align:left;padding:1px 12px 1px 0'>{html.escape(name)}</th>" for name in head)
     body = "".join(
-        "<tr>" + "".join(f"<td style='padding:1px 12px 1px 0'>{html.escape(str(c))}</td>" for c in row) + "</tr>"
+        "<tr>"
+        + "".join(f"<td style='padding:1px 12px 1px 0;white-space:nowrap'>{html.escape(str(c))}</td>" for c in row)
+        + "</tr>"
         for row in rows
     )
     return f"<div style='overflow-x:auto;{SMALL}'><table><tr>{cells}</tr>{body}</table></div>"
@@ -304,6 +312,12 @@ def log_x(axes: Axes, label: str) -> None:
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
     axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: quantity(value)))
     axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+
+
+def wait_for(axes: Axes, words: str) -> None:
+    """Say what will stand in a place that is still empty."""
+    axes.set_axis_off()
+    axes.text(0.5, 0.5, words, ha="center", va="center", color=GREY, transform=axes.transAxes)
 
 
 def draw_curve(axes: Axes, curve: list[dict], name: str, colour: str, label: str = "", dashes: str = "-") -> None:

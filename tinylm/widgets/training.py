@@ -350,6 +350,7 @@ class TrainingPanel(Panel):
         chosen = [new, *self.compare.value] if new else list(self._records)[-3:]
         labels = labels_of(list(self._records.values()))
         options = [(labels[run_id], run_id) for run_id in list(self._records)[::-1]]
+        self.compare.layout.display = None if options else "none"
         self.compare.options = options
         self.compare.value = tuple(run_id for _, run_id in options if run_id in chosen)
         self._compared()
@@ -417,7 +418,8 @@ class TrainingPanel(Panel):
         for number, (label, curve, dashes) in enumerate(curves):
             colour = COLOURS[number % len(COLOURS)]
             draw_curve(loss, curve, "val_loss", colour, label, dashes)
-            seen = [(point["tokens"], point["train_loss"]) for point in curve]
+            # Losses of whole intervals: the last one may be of a few steps.
+            seen = [(point["tokens"], point["train_loss"]) for point in curve if not point["step"] % curve[0]["step"]]
             loss.plot(*zip(*seen, strict=True), color=colour, linewidth=0.8, alpha=0.6)
         followed = live.run if live is not None and self.is_running else run
         law = self._law.get(_law_key(followed))
@@ -428,6 +430,10 @@ class TrainingPanel(Panel):
             tokens, expected = law_line(law[0], total, c.max_steps * a_step)
             words = f"law of {law[1]}: a run of {quantity(total)} parameters that ends here"
             loss.plot(tokens, expected, ":", color=GREY, linewidth=2, label=words)
+        if not curves:
+            loss.set(xlim=(a_step, c.max_steps * a_step), ylim=(0, 1.15 * math.log(followed.model.vocab_size)))
+            loss.axhline(math.log(followed.model.vocab_size), color=COLOURS[0], linestyle="--", linewidth=1,
+                         label="ln(vocab_size): where one who knows nothing begins")  # fmt: skip
         loss.set_ylabel("loss (nats/token)")
         log_x(loss, "training tokens")
         loss.set_title(
@@ -506,8 +512,8 @@ _PAGES = {
     ),
     "Text": ("tokenizer", "vocab_size", "unique_tokens", "stride"),
     "Finer points": (
-        *("tie_embeddings", "rope_theta", "attention_scale", "init", "init_std", "norm_eps", "beta1", "beta2"),
-        *("grad_clip", "eval_interval", "eval_tokens", "patience"),
+        *("tie_embeddings", "qk_norm", "rope_theta", "attention_scale", "init", "init_std", "norm_eps"),
+        *("beta1", "beta2", "grad_clip", "eval_interval", "eval_tokens", "patience"),
     ),
     "Machine": ("precision", "compile", "device", "threads", "checkpoint_minutes"),
 }
@@ -573,6 +579,7 @@ def _knobs(text: str) -> dict[str, ipywidgets.Widget]:
         log("rope_theta", "base of RoPE's wavelengths", 1, 6, model.rope_theta, form=",.0f"),
         some("attention_scale", "factor on q.k",
              [("1 / sqrt(Dh)", 0), *((str(s), s) for s in (0.03, 0.06, 0.125, 0.25, 0.5, 1.0))], 0),
+        pick("qk_norm", "RMSNorm over each query and key before they meet", [("off", False), ("on", True)], model.qk_norm),
         pick("init", "a fixed spread, or one that grows as layers narrow", names.INITS, model.init),
         log("init_std", "spread of the first weights", -3, 0, model.init_std),
         log("norm_eps", "keeps norms from dividing by zero", -12, -2, model.norm_eps, form=".0e"),

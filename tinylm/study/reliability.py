@@ -1,0 +1,660 @@
+"""Bad days, on purpose: files damaged at random, work killed at random moments, readers fed nonsense. What ``make soak`` does.
+
+``python -m tinylm.study.reliability`` writes what came of it to results/reliability: two tables of kills and of damages, one of
+the fuzzers where the tests are at hand, and the report. All of it works in a scratch folder with a cache of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import io
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import types
+import typing
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import pandas as pd
+
+from tinylm import backend, checkpoint, corpora, tokenizer
+from tinylm.config import DataConfig, ModelConfig, TrainConfig
+from tinylm.errors import LabError
+from tinylm.study import forecasts
+from tinylm.study.parameters import repository
+from tinylm.study.report import Report, write_table
+from tinylm.study.runs import Folder, Run, prepare_corpus, read_record, train_run
+from tinylm.study.sweep import CRASHES, GRACE, sweep
+from tinylm.words import duration
+
+# Of a record: what differs between a run and its repetition. A killed sweep leaves other runs to share a stack.
+TIMES = ("started", "finished", "seconds", "tokens_per_second", "checksum", "trained_together")
+
+
+def write_text(path: Path, lines: int, seed: int = 0) -> Path:
+    """A text of made-up words; its line ends make the lab keep a clean copy in its cache."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(2, 7))) for _ in range(150)]
+    path.write_bytes("".join(" ".join(rng.choices(words, k=7)) + "\r\n" for _ in range(lines)).encode())
+    return path
+
+
+def tiny_run(text: Path, steps: int, kind: str = "byte", vocab_size: int = 256, **changes: object) -> Run:
+    """A run of a fraction of a second for each thousand steps, on the plain path, with frequent checkpoints."""
+    model = {"vocab_size": vocab_size, "hidden_size": 8, "num_layers": 1, "num_heads": 2, "max_seq_len": 16}
+    train = {"max_steps": steps, "warmup_steps": 2, "batch_size": 4, "eval_interval": max(1, steps // 8), "threads": 1}
+    train |= {"eval_tokens": 256, "compile": False, "precision": "fp32", "checkpoint_minutes": 0.005}
+    for name, value in changes.items():
+        (model if name in ModelConfig.__dataclass_fields__ else train)[name] = value
+    return Run(ModelConfig(**model), TrainConfig(**train), DataConfig(str(text), kind))
+
+
+@contextlib.contextmanager
+def own_home(path: Path) -> typing.Iterator[None]:
+    """The lab's cache in ``path``, for this process and those it starts."""
+    before = os.environ.get("TINYLM_HOME")
+    os.environ["TINYLM_HOME"] = str(path)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TINYLM_HOME"]
+        else:
+            os.environ["TINYLM_HOME"] = before
+
+
+# Damage to files.
+
+PATIENCE = 60  # seconds after which a reader hangs
+GOOD_ENDS = ("refused", "made anew", "read as before")
+
+
+@dataclasses.dataclass(frozen=True)
+class Specimen:
+    """A file of the lab that is to be damaged, and how it is read: ``read()`` gives what must never come out differently."""
+
+    kind: str
+    path: Path
+    read: Callable[[], object]
+
+
+def specimens(folder: Path) -> list[Specimen]:
+    """A finished run with its model, one that was stopped, a sealed forecast and the cache behind them, all in ``folder``:
+    each file, with its reader. To be called and read within ``own_home``."""
+    run = tiny_run(write_text(folder / "text.txt", 300), 4, "bpe", 300)
+    results = folder / "results"
+    record = train_run(run, results, keep_model=True)
+    stopped = _stopped(run, folder / "stopped")
+    target = {"params_total": 1, "tokens": 1, "learning_rate": 0.1, "run_id": "a"}
+    prediction = {"loss": 2.5, "low": 2.25, "high": 2.75}
+    seal = forecasts.seal(folder / "seals", study="soak", target=target, prediction=prediction, fit={"E": 1.0})
+    written, model = results / "runs" / f"{record['run_id']}.json", results / record["model_file"]
+    found = [
+        Specimen("record", written, lambda: read_record(written)),
+        Specimen("model", model, lambda: _contents(*checkpoint.load_model(model))),
+        Specimen("checkpoint", stopped, lambda: _tensors(*checkpoint.load_state(stopped))),
+        Specimen("sealed forecast", seal, lambda: forecasts.load(folder / "seals").to_dict("list")),
+    ]
+    for kind in ("arithmetic", "corpora"):
+        shared = results / f"{kind}.json"
+        found.append(Specimen("a folder's shared file", shared, lambda kind=kind: Folder(results).shared(kind)))
+    kinds = {"maps": "token map", "tokenizers": "tokenizer", "texts": "clean copy of a text"}
+    home = Path(os.environ["TINYLM_HOME"])
+    for path in sorted(path for path in home.rglob("*") if path.is_file()):
+        kind = "note of the cache" if path.suffix == ".json" else kinds[path.relative_to(home).parts[0]]
+        found.append(Specimen(kind, path, lambda: _prepared(run)))
+    return found
+
+
+def _stopped(run: Run, folder: Path) -> Path:
+    """The checkpoint of a run that was stopped at its first evaluation."""
+    from tinylm.train import Trainer
+
+    corpus = prepare_corpus(run)
+    trainer = Trainer(run.model, run.train, corpus.train, corpus.val, checkpoint_dir=folder)
+    trainer.on_eval = lambda point: trainer.request_stop()
+    trainer.run()
+    return trainer.checkpoint
+
+
+def _tensors(tensors: dict, meta: dict) -> object:
+    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}, meta
+
+
+def _contents(model: typing.Any, learned: typing.Any, metadata: dict) -> object:
+    weights = {name: weight.detach().numpy().tobytes() for name, weight in model.named_parameters()}
+    return weights, model.config, learned.to_bytes(), metadata
+
+
+def _prepared(run: Run) -> object:
+    tokenizer._hashed.clear()  # as in a process of its own
+    data = run.data
+    corpus = corpora.prepare(data.text, data.tokenizer, run.model.vocab_size, progress=False)
+    return corpus.identity, corpus.bytes, [getattr(corpus, split).tobytes() for split in corpora.SPLITS]
+
+
+def damage(data: bytes, rng: random.Random) -> tuple[str, bytes]:
+    """The name of a way to spoil a file, and the file spoilt in it, never as it was."""
+    while True:
+        way = rng.choice(("truncated", "a bit flipped", "overwritten", "zeros in it", "longer", "emptied"))
+        at, spoilt = rng.randrange(len(data)), bytearray(data)
+        span = min(len(data) - at, rng.choice((1, 4, 64, 512)))
+        if way == "truncated":
+            del spoilt[at:]
+        elif way == "a bit flipped":
+            spoilt[at] ^= 1 << rng.randrange(8)
+        elif way == "overwritten":
+            spoilt[at : at + span] = rng.randbytes(span)
+        elif way == "zeros in it":
+            spoilt[at : at + span] = bytes(span)
+        elif way == "longer":
+            spoilt += rng.randbytes(span)
+        else:
+            spoilt.clear()
+        if spoilt != data:
+            return way, bytes(spoilt)
+
+
+def outcome(specimen: Specimen, spoilt: bytes, as_it_should: object, untouched: bool) -> tuple[str, str]:
+    """What reading a spoilt file came to, and its words. The file is put back afterwards.
+
+    One of ``GOOD_ENDS``, or: ``believed`` for other numbers, ``broke`` for an error that no person is meant to read,
+    ``hung``. untouched: leave the time of change as it was, as a failing disk does.
+    """
+    path, good, status = specimen.path, specimen.path.read_bytes(), specimen.path.stat()
+    path.write_bytes(spoilt)
+    if untouched:
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    try:
+        with _at_most(PATIENCE):
+            value = specimen.read()
+        if value != as_it_should:
+            return "believed", "other numbers"
+        return ("read as before" if path.read_bytes() == spoilt else "made anew"), ""
+    except LabError as error:
+        return "refused", str(error)
+    except _HungError:
+        return "hung", f"for {PATIENCE} s"
+    except Exception as error:
+        return "broke", f"{type(error).__name__}: {error}"
+    finally:
+        if path.read_bytes() != good:
+            path.write_bytes(good)
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+class _HungError(BaseException):
+    """A reader that did not come to an end; no ``except Exception`` of its own may hide it."""
+
+
+@contextlib.contextmanager
+def _at_most(seconds: int) -> typing.Iterator[None]:
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def ring(number: int, frame: types.FrameType | None) -> None:
+        raise _HungError
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # again each second: a destructor would swallow a single ring
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def damages(folder: Path, count: int, seed: int = 0) -> pd.DataFrame:
+    """Damage files of all kinds in turn, ``count`` times, one row each: kind, file, way, outcome, words."""
+    rng = random.Random(seed)
+    rows = []
+    with own_home(folder / "home"):
+        by_kind: dict[str, list[Specimen]] = {}
+        for specimen in specimens(folder):
+            by_kind.setdefault(specimen.kind, []).append(specimen)
+        known: dict[Path, object] = {}
+        for number in range(count):
+            specimen = rng.choice(list(by_kind.values())[number % len(by_kind)])
+            if specimen.path not in known:
+                known[specimen.path] = specimen.read()
+            way, spoilt = damage(specimen.path.read_bytes(), rng)
+            end, words = outcome(specimen, spoilt, known[specimen.path], untouched=rng.random() < 0.5)
+            name = specimen.path.relative_to(folder).as_posix()
+            rows.append({"kind": specimen.kind, "file": name, "way": way, "outcome": end, "words": words})
+    return pd.DataFrame(rows)
+
+
+# Kills.
+
+WAYS = {  # how work is ended, and by whom
+    "SIGKILL to all": ("sweep", "run"),
+    "SIGKILL to the parent": ("sweep",),
+    "SIGTERM": ("sweep", "run"),
+    "Ctrl-C twice": ("sweep", "run"),
+    "SIGKILL to a worker": ("sweep",),
+}
+
+
+def asked(kind: str, text: Path) -> list[Run]:
+    """The runs of a sweep of some seconds (two shapes, several lengths, one that diverges), or one long run."""
+    if kind == "run":
+        return [tiny_run(text, 2500, dropout=0.1, hidden_size=16)]
+    steps = (900, 700, 600, 500, 300, 200)
+    runs = [tiny_run(text, many, seed=seed, hidden_size=8 * (1 + seed % 2)) for seed, many in enumerate(steps)]
+    return [*runs, tiny_run(text, 60, learning_rate=1e20)]
+
+
+def work(kind: str, folder: Path, text: Path) -> None:
+    """What is killed: train what is asked, two at a time, and keep the models."""
+    if kind == "run":
+        train_run(asked(kind, text)[0], folder, keep_model=True)
+    else:
+        sweep(asked(kind, text), folder, workers=2, keep_models=True)
+
+
+class Work:
+    """``work`` in a process group of its own, as a terminal starts it; ``said`` is the file with its output."""
+
+    def __init__(self, kind: str, folder: Path, text: Path):
+        self.kind, self.folder, self.said = kind, folder, folder.parent / f"{folder.name}.out"
+        self.began, self.records = time.monotonic(), set(_records(folder))
+        self._wall, self.struck = time.time(), 0  # struck: how many of its workers were killed
+        command = [sys.executable, "-m", "tinylm.study.reliability", "--work", kind, str(folder), str(text)]
+        with self.said.open("ab") as out:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [
+                    str(repository()), os.environ.get("PYTHONPATH")]))},
+            )  # fmt: skip
+
+    def __enter__(self) -> Work:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if not self.ended():
+            self.kill("SIGKILL to all", random.Random())
+
+    def is_training(self) -> bool:
+        """Whether anything on disk shows that a step was made since the start."""
+        if set(_records(self.folder)) != self.records:
+            return True
+        with contextlib.suppress(OSError):
+            return any(path.stat().st_mtime > self._wall for path in self.folder.glob(".checkpoints/*.progress"))
+        return False
+
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def wait(self, until: Callable[[], bool], seconds: float) -> bool:
+        """Wait until something holds, the work ends or the time is over; whether it holds."""
+        stop = time.monotonic() + seconds
+        while not (held := until()) and not self.ended() and time.monotonic() < stop:
+            time.sleep(0.01)
+        return held
+
+    def kill(self, how: str, rng: random.Random) -> str:
+        """End it, or one of its workers; what went wrong with that, in words."""
+        members = _family(self.process.pid)
+        if how == "SIGKILL to a worker":
+            for pid in rng.sample(workers := self.workers(), min(1, len(workers))):
+                self.struck += 1
+                _send(pid, signal.SIGKILL)
+            return ""
+        if how == "SIGKILL to all":
+            for pid in [self.process.pid, *members]:
+                _send(pid, signal.SIGKILL)
+        elif how == "Ctrl-C twice":  # a terminal sends it to the whole group
+            for pause in (rng.uniform(0, 0.5), 0):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.process.pid, signal.SIGINT)
+                time.sleep(pause)
+        else:
+            _send(self.process.pid, signal.SIGTERM if how == "SIGTERM" else signal.SIGKILL)
+        return self.gone(members)
+
+    def workers(self) -> list[int]:
+        return [pid for pid in _family(self.process.pid) if "spawn_main" in _cmdline(pid)]
+
+    def gone(self, members: dict[int, int]) -> str:
+        """Wait for the end of all processes, and say which did not come to it; they are killed then."""
+        stop = time.monotonic() + 3 * GRACE
+        while (left := _alive(members) or ([] if self.ended() else [self.process.pid])) and time.monotonic() < stop:
+            self.process.poll()
+            time.sleep(0.02)
+        for pid in left:
+            _send(pid, signal.SIGKILL)
+        self.process.wait()
+        return f"{len(left)} processes left over" if left else ""
+
+    def words(self) -> str:
+        return self.said.read_text(errors="replace")
+
+
+def _send(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def _stat(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def _cmdline(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
+
+
+def _family(pid: int) -> dict[int, int]:
+    """A process and all that descend from it, each with its time of birth, which tells it from a later one of its number."""
+    parents, births = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError):
+            fields = _stat(int(folder.name))
+            if fields[0] != "Z":
+                parents[int(folder.name)], births[int(folder.name)] = int(fields[1]), int(fields[19])
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return {member: births[member] for member in found if member in births}
+
+
+def _alive(members: dict[int, int]) -> list[int]:
+    living = []
+    for pid, birth in members.items():
+        with contextlib.suppress(OSError, IndexError):
+            fields = _stat(pid)
+            if fields[0] != "Z" and int(fields[19]) == birth:
+                living.append(pid)
+    return living
+
+
+def _records(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (folder / "runs").glob("*.json")}
+
+
+def timeless(record: dict) -> dict:
+    """What must not differ between a run and its repetition."""
+    curve = [{**point, "seconds": None} for point in record["curve"]]
+    return {**{name: value for name, value in record.items() if name not in TIMES}, "curve": curve}
+
+
+def wrong_on_disk(folder: Path, before: dict[str, bytes]) -> list[str]:
+    """What a folder shows that it must not: a finished record lost or written again, a file half written."""
+    told, now = [], _records(folder)
+    told += [f"{name} was lost" for name in before if name not in now]
+    told += [f"{name} was written again" for name in before if name in now and now[name] != before[name]]
+    readers = {
+        "runs/*.json": read_record,
+        "models/*.safetensors": checkpoint.load_model,
+        ".checkpoints/*/checkpoint.safetensors": checkpoint.load_state,
+    }
+    for pattern, read in readers.items():
+        for path in sorted(folder.glob(pattern)):
+            try:
+                read(path)
+            except LabError as error:
+                told.append(str(error))
+    return told
+
+
+def differs(folder: Path, calm: Path) -> list[str]:
+    """In what the ends of killed work differ from those of work that nobody disturbed."""
+    told = []
+    if (names := set(_records(folder))) != set(_records(calm)):
+        return [f"{len(names)} records instead of {len(_records(calm))}"]
+    for name in sorted(names):
+        mine, theirs = (timeless(read_record(place / "runs" / name)) for place in (folder, calm))
+        told += [f"{name}: another {key}" for key in theirs if mine.get(key) != theirs[key]]
+    models = [{path.name: path.read_bytes() for path in place.glob("models/*")} for place in (folder, calm)]
+    told += [] if models[0] == models[1] else ["other models"]
+    told += ["a checkpoint is left over"] if list(folder.glob(".checkpoints/*/*")) else []
+    return told
+
+
+@dataclasses.dataclass(frozen=True)
+class Calm:
+    """Work that nobody disturbed: its folder, seconds until the first step and from there to the end."""
+
+    folder: Path
+    start: float
+    rest: float
+
+
+def undisturbed(kind: str, folder: Path, text: Path) -> Calm:
+    with Work(kind, folder, text) as calm:
+        calm.wait(calm.is_training, 600)
+        start = time.monotonic() - calm.began
+        calm.wait(lambda: False, 1800)
+    if calm.process.poll() != 0:
+        raise LabError("Work that nobody disturbs must end well", calm.words()[-2000:], "mend what is said there")
+    return Calm(folder, start, time.monotonic() - calm.began - start)
+
+
+def kills(folder: Path, count: int, seed: int = 0, each: int = 5, say: Callable[[str], object] = print) -> pd.DataFrame:
+    """End a sweep and a long run at ``count`` random moments, ``each`` of them one after another in one folder, and let them
+    go on; one row each: work, way, seconds after the start, records by then, and what was wrong (empty where nothing).
+
+    Runs on Linux, where processes are found in /proc. One moment in five falls before the first step, while things start.
+    """
+    rng = random.Random(seed)
+    rows: list[dict] = []
+    with own_home(folder / "home"):
+        text = write_text(folder / "text.txt", 400)
+        calm = {kind: undisturbed(kind, folder / f"calm-{kind}", text) for kind in ("sweep", "run")}
+        for number in itertools.count():
+            if len(rows) >= count:
+                break
+            kind = ("sweep", "run")[number % 2]
+            place, moments = folder / f"{kind}-{number}", min(each, count - len(rows))
+            told = _one_after_another(kind, place, text, calm[kind], moments, rng)
+            shutil.rmtree(place)
+            rows += [{"number": len(rows) + at, "work": kind, **row} for at, row in enumerate(told)]
+            wrong = sum(bool(row["wrong"]) for row in rows)
+            say(f"{len(rows)} of {count} moments, {wrong} with something wrong")
+    return pd.DataFrame(rows)
+
+
+def _one_after_another(kind: str, place: Path, text: Path, calm: Calm, moments: int, rng: random.Random) -> list[dict]:
+    """The rows of some moments in one folder, and of its end, which counts to the last of them."""
+    rows: list[dict] = []
+    before: dict[str, bytes] = {}
+    while True:
+        with Work(kind, place, text) as now:
+            while len(rows) < moments and (row := _moment(now, calm, before, rng)):
+                rows.append(row)
+                if now.ended():
+                    break
+            else:  # no moment is left, or it was faster
+                now.wait(lambda: False, 1800)
+                if now.process.poll() == 0:
+                    wrong = wrong_on_disk(place, before) + differs(place, calm.folder)
+                else:
+                    wrong = [f"it ended with {now.process.poll()}: {now.words()[-500:]}"]
+                if not rows and not wrong:  # too fast to be killed even once: anew, and sooner
+                    shutil.rmtree(place)
+                    calm = dataclasses.replace(calm, rest=0.5 * calm.rest)
+                    continue
+                rows = rows or [{"way": "none", "seconds": 0.0, "records": len(_records(place)), "wrong": ""}]
+                rows[-1]["wrong"] = "; ".join(filter(None, [rows[-1]["wrong"], *wrong]))
+                return rows
+        before = _records(place)
+
+
+def _moment(now: Work, calm: Calm, before: dict[str, bytes], rng: random.Random) -> dict | None:
+    """Wait for a random moment of the work and do to it what is drawn; None where it ended before."""
+    early = rng.random() < 0.2
+    pause = rng.uniform(0, calm.start if early else 0.6 * calm.rest)
+    if not early and not now.wait(now.is_training, 600):
+        return None
+    until = time.monotonic() + pause
+    if not now.wait(lambda: time.monotonic() >= until, 600):
+        return None
+    ways = [way for way, works in WAYS.items() if now.kind in works]
+    if now.struck == CRASHES - 1 or not now.workers():  # more, and the sweep would give a run up, as it should
+        ways = [way for way in ways if way != "SIGKILL to a worker"]
+    way = rng.choice(ways)
+    seconds, left_over = time.monotonic() - now.began, now.kill(way, rng)
+    wrong = [left_over] if left_over else []
+    if way != "SIGKILL to a worker":  # which the sweep goes on without
+        wrong += wrong_on_disk(now.folder, before)
+    return {"way": way, "seconds": seconds, "records": len(_records(now.folder)), "wrong": "; ".join(wrong)}
+
+
+# The fuzzers, and the report.
+
+
+def fuzz(examples: int, folder: Path) -> pd.DataFrame | None:
+    """Feed each reader that many examples, by tests/test_fuzz.py; None where the tests are not at hand. Columns: reader,
+    examples, seconds, wrong."""
+    tests = repository() / "tests" / "test_fuzz.py"
+    if not tests.exists():
+        return None
+    log = folder / "fuzz.json"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
+    known = {"TINYLM_FUZZ_EXAMPLES": str(examples), "TINYLM_FUZZ_LOG": str(log)}
+    done = subprocess.run(
+        command, cwd=repository(), env={**os.environ, **known}, capture_output=True, text=True, check=False
+    )
+    if not log.exists():
+        raise LabError("The fuzzers must run", done.stdout[-2000:] + done.stderr[-2000:], "mend what is said there")
+    return pd.DataFrame(json.loads(log.read_text()))
+
+
+def write_report(folder: Path, found: dict[str, pd.DataFrame], seconds: float, seed: int) -> Path:
+    """Tables and README.md of what was found: ``kills``, ``damages``, ``fuzz``, each where it was done."""
+    report = Report(folder, "Reliability: work that is killed, files that are damaged, readers that are fed nonsense")
+    machine, day = backend.machine(), datetime.datetime.now(datetime.UTC).date()
+    with contextlib.redirect_stdout(io.StringIO()):  # outside a notebook what a report displays would be printed
+        said = [_KINDS[name](found[name]) for name in _KINDS if name in found]
+        report.summary("\n".join(f"- {line}" for line in said))
+        if "kills" in found:
+            _tell_kills(report, found["kills"])
+        if "damages" in found:
+            _tell_damages(report, found["damages"])
+        if "fuzz" in found:
+            report.section("Readers that are fed nonsense")
+            report.text(
+                "Each reader gets generated input (text in any encoding, JSON of any shape, tables, parameters) and may only "
+                "give a value or an error that is meant for a person."
+            )
+            specs = {"reader": "", "examples": ",d", "seconds": ",.0f", "wrong": ",d"}
+            report.table(found["fuzz"], "fuzz", "Examples by reader; wrong: any other error, or no end.", **specs)
+        report.section("How this was made")
+        report.text(
+            f"`make soak`, {day}, seed {seed}, {duration(seconds)} on {machine['cpu']} with {os.cpu_count()} processors, torch "
+            f"{machine['torch']}. Other seeds give other moments and other damages."
+        )
+        return report.write()
+
+
+def _of(good: int, count: int) -> str:
+    return f"**{good:,} of {count:,}**"
+
+
+_KINDS: dict[str, Callable[[pd.DataFrame], str]] = {
+    "kills": lambda rows: (
+        f"{_of(int((rows['wrong'] == '').sum()), len(rows))} random moments of a sweep and of a long run survived: nothing "
+        "finished lost or trained again, nothing half written believed, and the end bit-equal to undisturbed work."
+    ),
+    "damages": lambda rows: (
+        f"{_of(int(rows['outcome'].isin(GOOD_ENDS).sum()), len(rows))} damaged files handled: refused with the way out, made "
+        "anew, or read as before the damage; none used with other numbers."
+        if rows["outcome"].isin(GOOD_ENDS).all()
+        else f"{_of(int(rows['outcome'].isin(GOOD_ENDS).sum()), len(rows))} damaged files handled; the others stand below."
+    ),
+    "fuzz": lambda rows: (
+        f"{int(rows['examples'].sum()):,} generated inputs to {len(rows)} readers in {duration(rows['seconds'].sum())}: "
+        f"{int(rows['wrong'].sum())} with an error that no person is meant to read."
+    ),
+}
+
+
+def _tell_kills(report: Report, rows: pd.DataFrame) -> None:
+    report.section("Work that is killed")
+    report.text(
+        "A sweep of two worker processes and one long run, each started, ended at a random moment and started again, several "
+        "times in one folder. After each end every record, model and checkpoint on disk is read, and no process may be left "
+        "over; at last records and models are compared, bit for bit, with those of work that nobody disturbed."
+    )
+    table = rows.groupby(["work", "way"], as_index=False).agg(
+        moments=("way", "size"), survived=("wrong", lambda wrong: int((wrong == "").sum())),
+        earliest=("seconds", "min"), latest=("seconds", "max"),
+    )  # fmt: skip
+    specs = {"work": "", "way": "", "moments": ",d", "survived": ",d", "earliest": ".1f", "latest": ".1f"}
+    report.table(table, "kills", "Moments by work and way; earliest, latest: seconds after the start.", **specs)
+    write_table(report.folder / "tables" / "moments.csv", rows)
+    report.text("Every moment, in order, stands in [moments.csv](tables/moments.csv).")
+    lost = rows[rows["wrong"] != ""]
+    if len(lost):
+        specs = {"number": "d", "work": "", "way": "", "seconds": ".1f", "wrong": ""}
+        report.table(lost, "not_survived", "Moments that were not survived, and what was wrong.", **specs)
+
+
+def _tell_damages(report: Report, rows: pd.DataFrame) -> None:
+    report.section("Files that are damaged")
+    report.text(
+        "Files of a finished run, of a stopped one and of the cache are truncated, emptied, lengthened, overwritten or flipped in "
+        "one bit, at random places; in half of the cases the time of change stays as it was, as when a disk fails. Read as before: "
+        "the damage changed nothing that is read, such as a line end."
+    )
+    ends = [*GOOD_ENDS, *sorted(set(rows["outcome"]) - set(GOOD_ENDS))]
+    counted = {kind: Counter(part["outcome"]) for kind, part in rows.groupby("kind")}
+    table = pd.DataFrame([{"file": kind, "damages": found.total(), **{end: found[end] for end in ends}}
+                          for kind, found in counted.items()])  # fmt: skip
+    specs = {"file": "", "damages": ",d", **dict.fromkeys(ends, ",d")}
+    report.table(table, "damages", "What reading a damaged file came to, by kind of file.", **specs)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--kills", "moments", type=int, default=200, show_default=True, help="Random moments; 0 is none.")
+@click.option("--damages", "files", type=int, default=1000, show_default=True, help="Damaged files; 0 is none.")
+@click.option("--examples", type=int, default=2000, show_default=True, help="Generated inputs a reader; 0 is none.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of moments and damages.")
+@click.option("--results-dir", type=click.Path(path_type=Path), help="By default results/reliability.")
+@click.option("--work", "killed", nargs=3, type=str, hidden=True, help="What is killed: its kind, folder and text.")
+def main(moments: int, files: int, examples: int, seed: int, results_dir: Path | None, killed: tuple | None) -> None:
+    """Kill work, damage files and feed readers nonsense, and write what came of it. Takes about an hour or two."""
+    if killed:
+        try:
+            work(killed[0], Path(killed[1]), Path(killed[2]))
+        except KeyboardInterrupt:
+            sys.exit(130)
+        return
+    began, found = time.monotonic(), {}
+    with tempfile.TemporaryDirectory(prefix="tinylm-soak-") as scratch:
+        for name, measure in {
+            "damages": files and (lambda folder: damages(folder, files, seed)),
+            "fuzz": examples and (lambda folder: fuzz(examples, folder)),
+            "kills": moments and (lambda folder: kills(folder, moments, seed, say=click.echo)),
+        }.items():
+            folder = Path(scratch) / name
+            folder.mkdir()
+            if measure and (rows := measure(folder)) is not None:
+                found[name] = rows
+                click.echo(_KINDS[name](rows).replace("**", ""))
+    seconds = time.monotonic() - began
+    click.echo(f"report: {write_report(results_dir or repository() / 'results' / 'reliability', found, seconds, seed)}")
+    wrong = int((found["kills"]["wrong"] != "").sum()) if "kills" in found else 0
+    wrong += int((~found["damages"]["outcome"].isin(GOOD_ENDS)).sum()) if "damages" in found else 0
+    wrong += int(found["fuzz"]["wrong"].sum()) if "fuzz" in found else 0
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
