@@ -830,7 +830,7 @@ def _draw_looking_back(table: pd.DataFrame, ax: object) -> None:
     ways = {
         "surface_error_percent": "surface",
         "curve_error_percent": "curve L(C) with a floor",
-        "line_error_percent": "line L(C) without",
+        "line_error_percent": "line L(C) without a floor",
     }
     ways["error_percent"] = "the forecast"
     ax.axhline(0, color=plots.GREY, linewidth=1)

@@ -130,7 +130,7 @@ class Study:
         if table.exists():
             self.report.table(
                 pd.read_csv(table), "recipe", "The evidence: what changing one thing does to the loss at small budgets, each "
-                f"variant at its best rate (more in {os.path.relpath(evidence, self.folder)}/README.md)", budget=".2g", variant="",
+                f"variant at its best rate (more in {within_repository(evidence)}/README.md)", budget=".2g", variant="",
                 rate=".3g", loss=".3f", seed_sd=".3f", seeds="d", difference="+.3f", low="+.3f", high="+.3f",
             )  # fmt: skip
 
