@@ -503,8 +503,8 @@ def _moment(now: Work, calm: Calm, before: dict[str, bytes], rng: random.Random)
     if not early and not now.wait(now.is_training, 600):
         return None
     until = time.monotonic() + pause
-    if not now.wait(lambda: time.monotonic() >= until, 600):
-        return None
+    if not now.wait(lambda: time.monotonic() >= until, 600) or len(_records(now.folder)) >= len(_records(calm.folder)):
+        return None  # nothing is left to be disturbed
     ways = [way for way, works in WAYS.items() if now.kind in works]
     if now.struck == CRASHES - 1 or not now.workers():  # more, and the sweep would give a run up, as it should
         ways = [way for way in ways if way != "SIGKILL to a worker"]
