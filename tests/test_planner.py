@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import subprocess
@@ -424,17 +423,18 @@ def test_a_size_that_is_not_the_best_is_expected_to_cost_what_the_surface_says()
 
 
 def test_a_new_run_may_lie_as_far_from_the_surface_as_the_runs_behind_it_do():
-    law = surface(0.01)
-    rows = len(law.data)
-    seeds, misfit = 0.002, 0.02  # nats, and a share of the loss
+    seeds, misfit, rows = 0.002, 0.02, 25  # nats, a share of the loss
 
     def width(residual: float) -> float:
-        fit = dataclasses.replace(law, data=law.data.assign(residual=residual))
+        fit = surface(0.001, data=pd.DataFrame({"residual": residual * np.resize([1, -1], rows)}))
         found = expected_loss(fit, None, 1e6, 2e7, 1.2e14, seeds)
         return found["high"] - found["low"]
 
-    told = law.predict(1e6, 2e7, seed_sd=seeds).iloc[0]
-    assert width(0.0) == pytest.approx(told.high - told.low)
-    wider = misfit * told.loss * (rows / (rows - 5)) ** 0.5
-    told = law.predict(1e6, 2e7, seed_sd=wider).iloc[0]
-    assert width(misfit) == pytest.approx(told.high - told.low) and width(misfit) > 1.5 * width(0.0)
+    def told(spread: float) -> float:
+        reading = surface(0.001).predict(1e6, 2e7, seed_sd=spread).iloc[0]
+        return reading.high - reading.low
+
+    assert width(0.0) == pytest.approx(told(seeds))
+    loss = float(evaluate_law("surface", LAW, 1e6, 2e7))
+    assert width(misfit) == pytest.approx(told(misfit * loss * (rows / (rows - 5)) ** 0.5))
+    assert width(misfit) > 1.5 * width(0.0)
