@@ -23,6 +23,7 @@ from tinylm.study.planner import (
     Repetition,
     Speed,
     evaluation_tokens,
+    expected_loss,
     measure_speed,
     plan,
 )
@@ -403,7 +404,37 @@ def test_two_readings_are_averaged_and_their_intervals_spanned():
     frontier = Fit(form="power", params=line, samples=pd.DataFrame([{**line, "A": a} for a in np.linspace(29, 31, 41)]))
     alone, both = (make(surface_fit=surface(0.01), frontier=fit) for fit in (None, frontier))
     assert (alone.params, alone.tokens) == (both.params, both.tokens)
-    reading = frontier.predict(alone.flops).iloc[0]
+    law = surface(0.01)
+    off = law.predict(alone.params, alone.tokens).loss[0] - law.optimal(6 * alone.params * alone.tokens).loss[0]
+    reading = frontier.predict(alone.flops).iloc[0] + off
     assert both.loss == pytest.approx((alone.loss + reading["loss"]) / 2)
     assert both.low == pytest.approx(min(alone.low, reading["low"]))
     assert both.high == pytest.approx(max(alone.high, reading["high"]))
+
+
+def test_a_size_that_is_not_the_best_is_expected_to_cost_what_the_surface_says():
+    """L(C) knows the best size alone: at a quarter of it, for the same N D, both readings rise by the surface's price."""
+    law, frontier = surface(0.01), Fit(form="power", params={"A": 30.0, "alpha": 0.08}, samples=pd.DataFrame())
+    best = law.optimal(1e15).iloc[0]
+    there = expected_loss(law, frontier, best.params, best.tokens, 1e15, 0.0)["loss"]
+    off = expected_loss(law, frontier, best.params / 4, best.tokens * 4, 1e15, 0.0)["loss"]
+    price = law.predict(best.params / 4, best.tokens * 4).loss[0] - best.loss
+    assert price > 0.01 and off - there == pytest.approx(price, rel=1e-9)
+
+
+def test_a_new_run_may_lie_as_far_from_the_surface_as_the_runs_behind_it_do():
+    seeds, misfit, rows = 0.002, 0.02, 25  # nats, a share of the loss
+
+    def width(residual: float) -> float:
+        fit = surface(0.001, data=pd.DataFrame({"residual": residual * np.resize([1, -1], rows)}))
+        found = expected_loss(fit, None, 1e6, 2e7, 1.2e14, seeds)
+        return found["high"] - found["low"]
+
+    def told(spread: float) -> float:
+        reading = surface(0.001).predict(1e6, 2e7, seed_sd=spread).iloc[0]
+        return reading.high - reading.low
+
+    assert width(0.0) == pytest.approx(told(seeds))
+    loss = float(evaluate_law("surface", LAW, 1e6, 2e7))
+    assert width(misfit) == pytest.approx(told(misfit * loss * (rows / (rows - 5)) ** 0.5))
+    assert width(misfit) > 1.5 * width(0.0)

@@ -538,23 +538,43 @@ def expected_loss(
     seed_sd: float,
     law: RepeatedText | None = None,
 ) -> dict[str, float]:
-    """Expected loss of one run at the best size for its compute, with a 95 % interval: ``loss``, ``low``, ``high``.
+    """Expected loss of one run, with a 95 % interval: ``loss``, ``low``, ``high``.
 
     Over a small range of compute the data cannot tell a law with a floor (the surface) from one without (``frontier``,
     L(C) = A C^-alpha through the isoFLOP minima), and beyond that range the two part. So where both are given the loss is
     their mean, and the interval spans both of theirs. law: the surface over a text that may be repeated; the frontier is
-    then read at the compute that the run is worth, C times the shares of its parameters and tokens that count.
+    then read at the compute that the run is worth, C times the shares of its parameters and tokens that count. It knows the
+    best size for a compute alone, so what another size costs there by the surface is added to it. seed_sd: in nats; where
+    the surface's own rows scatter more about it than seeds do, a new run is expected to do so too.
     """
     law = law or RepeatedText(surface)
-    readings = [law.predict(params, tokens, seed_sd=seed_sd).iloc[0]]
+    spread = max(seed_sd, _scatter(surface) * float(law.loss(params, tokens)))
+    readings = [law.predict(params, tokens, seed_sd=spread).iloc[0]]
     if frontier is not None:
-        counted = float(np.prod(law.effective(params, tokens)) / (params * tokens))
-        readings.append(frontier.predict(flops * counted, seed_sd=seed_sd).iloc[0])
+        product = float(np.prod(law.effective(params, tokens)))
+        at_best = frontier.predict(flops * product / (params * tokens), seed_sd=seed_sd).iloc[0]
+        readings.append(at_best + _off_size(surface, *law.effective(params, tokens)))
     return {
         "loss": float(np.mean([reading["loss"] for reading in readings])),
         "low": float(min(reading["low"] for reading in readings)),
         "high": float(max(reading["high"] for reading in readings)),
     }
+
+
+def _off_size(surface: Fit, params: float, tokens: float) -> float:
+    """Nats that a size costs against the best one for the same N D, by the surface; nothing where that has no best size."""
+    p = surface.params
+    if not all(p[name] > 0 for name in ("A", "B", "alpha", "beta")):
+        return 0.0
+    here, best = evaluate_law("surface", p, params, tokens), surface.optimal(6 * params * tokens).loss.iloc[0]
+    return float(here - best)
+
+
+def _scatter(surface: Fit) -> float:
+    """The standard deviation of the log loss of a surface's rows about it; 0 where there are none to spare."""
+    rows = surface.data.get("residual")
+    freedom = 0 if rows is None else len(rows) - len(surface.params)
+    return float(np.sqrt((rows**2).sum() / freedom)) if freedom > 0 else 0.0
 
 
 def evaluation_tokens(tokens: object) -> object:
