@@ -18,7 +18,7 @@ from tinylm.study.parameters import repository
 from tinylm.study.runs import Folder
 from tinylm.words import duration, quantity
 
-STUDY = "quickstart"  # whose law, speed and text are taken
+STUDY = "compute_scaling"  # whose law, speed and text are taken
 BASE = 3.2e13  # FLOPs: the largest budget of the compute study
 FACTORS = (1, 100, 10_000)
 # Dense bf16 products, FLOP/s, from NVIDIA's data sheets: A100 (2020), H100 SXM (2022; half the rate given there with sparsity).
