@@ -401,7 +401,8 @@ class ModelStudy(SectionStudy):
             f"only {' '.join(allowed)} is allowed",
             "h L and h² L are both allowed",
         ]
-        said = f"with size as a product h^p L of hidden size and layers, p = {power:.1f} fits best (95 % {_open(low, high)})"
+        edge = ", the largest tried," if high == math.inf and power >= profile.value.max() else ""
+        said = f"with size as a product h^p L of hidden size and layers, p = {power:.1f}{edge} fits best (95 % {_open(low, high)})"
         self.report.text(f"Between h L (p = 1) and h² L (p = 2): {said}; {told[len(allowed)]} by these shapes.")
         self.findings.append(f"{said[0].upper()}{said[1:]}; {told[len(allowed)]}.")
 

@@ -986,5 +986,6 @@ def spreads(frame: pd.DataFrame, ax: Axes | None = None, by: str = "place", loss
     ax.set_ylim(len(groups) - 0.4, -0.6)
     ax.margins(x=0.1)
     ax.grid(axis="y", visible=False)
+    ax.xaxis.set_major_locator(ticker.MaxNLocator(5))  # more labels would touch
     ax.set_xlabel("loss away from the mean of its place (nats/token)")
     return ax
