@@ -363,7 +363,7 @@ def test_the_best_run_of_each_amount_of_data_is_shown():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(950, "950"), (20000, "20k"), (999999, "1M"), (1.5e6, "1.5M"), (3e9, "3B"), (2e13, "20T")],
+    [(950, "950"), (20000, "20k"), (999999, "1M"), (1.5e6, "1.5M"), (3e9, "3B"), (2e13, "20T"), (1.584e15, "1.58e+15")],
 )
 def test_quantities_are_short(value, text):
     assert plots.quantity(value) == text

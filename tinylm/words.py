@@ -12,7 +12,9 @@ def in_kernel() -> bool:
 
 
 def quantity(value: float) -> str:
-    """A count that may span many sizes: 39.6k, 1.2M, 340M, 2B."""
+    """A count that may span many sizes: 39.6k, 1.2M, 340M, 2B; from 1e+15 on as a power of ten."""
+    if abs(value) >= 1e15 * (1 - 5e-4):
+        return f"{value:.3g}"
     for size, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size * (1 - 5e-4):
             return f"{value / size:.3g}{name}"

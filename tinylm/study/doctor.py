@@ -633,6 +633,7 @@ def _notes(d: Diagnosis) -> list[str]:
         }
         name = max(wider, key=wider.get)
         low, high = d.intervals["by size"][name]
-        told = f"Drawing whole sizes, intervals are up to {wider[name]:.2g} times as wide ({name}: [{low:.4g}, {high:.4g}])"
+        width = f"up to {wider[name]:.2g} times as wide" if wider[name] > 1.05 else "no wider"
+        told = f"Drawing whole sizes, intervals are {width} ({name}: [{low:.4g}, {high:.4g}])"
         notes.append(told + (": runs of one size share their errors." if wider[name] > 1.5 else "."))
     return notes

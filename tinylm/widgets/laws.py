@@ -215,7 +215,7 @@ class LawsPanel(Panel):
             self._reports[chosen] = doctor.diagnose(self._read(chosen).fit, bootstrap=200).report()
         heading = "The doctor's words" + (f", with {len(chosen)} of the mistakes made" if chosen else "")
         if self.reading.cost != (6.0, 1.0):
-            heading += " (his <i>a</i> takes 6 N D for the compute, the figure's takes exact FLOPs)"
+            heading += " (its <i>a</i> takes 6 N D for the compute, the figure's takes exact FLOPs)"
         self.words.value = (
             f"<details open style='{SMALL}'><summary>{heading}</summary><pre class='tinylm-doctor' "
             f"style='white-space:pre-wrap;font-size:12px'>{html.escape(self._reports[chosen])}</pre></details>"
