@@ -128,6 +128,13 @@ def test_how_many_seeds_would_decide_follows_the_root_law():
     part = Part("part", "study", "about", EQUAL)
     assert part.seeds_to_decide(row(0.0, 0.02)) == 5 * 4  # half the width needs four times the seeds
     assert part.seeds_to_decide(row(0.01, 0.02)) == math.inf
+    near = Part("part", "study", "about", (-0.01, None), BELOW)
+    assert near.seeds_to_decide(row(0.001, 0.022)) == 5 * 4  # zero is no bound of what the effect would show
+    assert near.seeds_to_decide(row(-0.004, 0.012)) == 5 * 4  # either verdict would do: 0.006 to the one bound, 0.004 to the other
+    assert near.seeds_to_decide(row(-0.02, 0.04)) == 5 * 4
+    # what the correction alone keeps undecided takes more seeds than there are
+    assert 5 < Part("part", "study", "about", ABOVE).seeds_to_decide(row(0.02, 0.01, 0.2)) < 20
+    assert Part("part", "study", "about", ABOVE).seeds_to_decide(row(0.02, 0.01, 1.0)) == math.inf
 
 
 @pytest.mark.parametrize(

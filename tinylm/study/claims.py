@@ -66,11 +66,17 @@ class Part:
         return "refuted" if _within(row.low, row.high, self.refuted) and _told(row, self.refuted) else "undecided"
 
     def seeds_to_decide(self, row: pd.Series) -> float:
-        """How many seeds would bring the interval to one side of the nearest bound, were the effect what it seems."""
-        ends = [end for end in (*self.supported, *(self.refuted or ())) if end is not None]
-        distance = min(abs(row.effect - end) for end in ends)
-        half = 0.5 * (row.high - row.low)
-        return math.inf if distance == 0 else float(np.ceil(row.seeds * (half / distance) ** 2))
+        """How many seeds would decide it, were the effect what it seems: those that bring the interval within the bounds that
+        the effect lies in, of which two sets may overlap (the sooner counts), and p below 5 % where the rule asks for that.
+        Infinite where the effect lies on a bound."""
+        effect, wide = row.effect, 0.5 * (row.high - row.low)
+        inside = _within(effect, effect, self.supported)
+        ways = [(self.supported, wide if self.level == 95 else 0.5 * (row.high_90 - row.low_90))] if inside else []
+        if self.refuted is None and not inside:
+            ways.append((self.supported, wide))  # refuted is everywhere else
+        elif self.refuted is not None and _within(effect, effect, self.refuted):
+            ways.append((self.refuted, wide))
+        return min((float(np.ceil(row.seeds * _shrink(row, bounds, half) ** 2)) for bounds, half in ways), default=math.inf)
 
 
 def _within(low: float, high: float, bounds: Bounds) -> bool:
@@ -81,6 +87,17 @@ def _within(low: float, high: float, bounds: Bounds) -> bool:
 def _told(row: pd.Series, bounds: Bounds) -> bool:
     """Where a bound is zero, a corrected p must agree that the effect is not zero."""
     return not (0 in bounds and math.isfinite(row.p)) or row.p < 0.05
+
+
+def _shrink(row: pd.Series, bounds: Bounds, half: float) -> float:
+    """By how much the errors of a row must shrink for an interval of this half width to keep clear of the bounds, and for a
+    corrected p to agree where one is asked for."""
+    distance = min(abs(row.effect - end) for end in bounds if end is not None)
+    needed = half / distance if distance else math.inf
+    if not _told(row, bounds):
+        sure = stats.norm.isf(row.p / 2)
+        needed = max(needed, stats.norm.isf(0.025) / sure if sure > 0 else math.inf)
+    return needed
 
 
 @dataclass(frozen=True)
@@ -535,7 +552,7 @@ def judge(root: Path, claims: Iterable[Claim] = CLAIMS) -> list[Verdict]:
         raise LabError(
             "A verdict needs every record that its rule names",
             "; ".join(missing),
-            f"run what is missing of {', '.join(studies)}, or judge other claims with -p claims",
+            f"run what is missing of {', '.join(studies)}, or judge other claims with -p numbers",
         )
     return [_judge_one(root, claim, seen) for claim in claims]
 
