@@ -200,6 +200,21 @@ def test_seeds_that_chose_a_rate_are_no_evidence_and_the_undecided_get_more(meas
     assert rates["relu"] / rates[BASELINE] == pytest.approx(1.5, rel=0.2)  # each at its own best
 
 
+def test_what_the_first_look_decided_is_told_with_its_own_numbers_and_claims_decide_alike(measured):
+    effects = pd.read_csv(measured.folder / "tables" / "effects.csv").set_index("part")
+    for place in measured.preset.places:
+        table = measured.tables[place.name].set_index("variant")
+        early = table[table.primary & (table.look == 1)]
+        assert (early.verdict != "undecided").all() and "relu" in early.index
+        for name, row in early.iterrows():
+            assert (row.p_equal < 0.01) if row.verdict == "equal" else (row.p_holm < 0.01)
+        for name, row in table[table.primary].iterrows():
+            told = effects.loc[f"{place.name}: {name}"]
+            equal = told.low_90 > -contrasts.MARGIN and told.high_90 < contrasts.MARGIN
+            assert equal == (row.verdict == "equal")
+            assert (told.p < 0.05) == (row.verdict in ("worse", "better")) or equal
+
+
 def test_a_multiplier_is_the_compute_that_the_law_says(measured):
     table = measured.tables["large"].set_index("variant")
     frontier = measured.frontier(measured.seeded, measured.preset.places[1])

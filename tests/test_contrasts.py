@@ -12,6 +12,7 @@ from tinylm.study.contrasts import (
     PLANTED,
     contrasts,
     effects,
+    half_width,
     holm,
     null_test,
     planted_test,
@@ -126,6 +127,17 @@ def test_a_seed_that_diverged_is_told_and_its_pair_left_out():
     table = effects(own, "base", ["a", "b"]).set_index("variant")
     assert (table.seeds["a"], table.diverged["a"], table.verdict["a"]) == (4, 1, "diverges")
     assert table.seeds["b"] == 5
+
+
+def test_a_difference_of_two_means_has_welchs_interval():
+    rng = np.random.default_rng(0)
+    one, other = rng.normal(0, 1, 5), rng.normal(0, 3, 8)
+    errors = [values.std(ddof=1) / np.sqrt(len(values)) for values in (one, other)]
+    expected = stats.ttest_ind(one, other, equal_var=False).confidence_interval()
+    half = half_width(errors, (4, 7))
+    assert 2 * half == pytest.approx(expected.high - expected.low)
+    assert half_width([0.01], [4]) == pytest.approx(0.01 * stats.t.ppf(0.975, 4))
+    assert half_width([0.0, 0.0], (4, 4)) == 0
 
 
 def test_holm_is_holms():

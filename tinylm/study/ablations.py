@@ -409,13 +409,15 @@ class Ablations(SectionStudy):
         )  # fmt: skip
 
     def worth(self, frame: pd.DataFrame, place: Place) -> pd.DataFrame:
-        """The contrasts of a place in all units. A contrast that the first look decided stays as that look told it."""
+        """The contrasts of a place in all units. A contrast that the first look decided stays as that look told it, interval and
+        p too."""
         seeds = list(self.seeds(max(place.first, 1)))
         early = self.effects(frame[(frame.variant == BASELINE) | frame.seed.isin(seeds)], place, 1)
         table = self.effects(frame, place, 2)
-        told = early.set_index("variant").verdict
-        decided = table.variant.map(told).fillna("undecided") != "undecided"
-        table["verdict"] = table.variant.map(told).where(decided, table.verdict)
+        told = early.set_index("variant").reindex(table.variant).reset_index()
+        decided = told.verdict.fillna("undecided") != "undecided"
+        for name in ("error", "freedom", "low", "high", "low_90", "high_90", "p", "p_holm", "p_equal", "verdict"):
+            table[name] = told[name].where(decided, table[name])
         table["more_seeds"] = table.more_seeds.where(table.verdict == "undecided", 0)
         table["look"] = np.where(decided, 1, 2)
         trials = {name: self.trial_of[place.name, name] for name in table.variant}
@@ -432,6 +434,13 @@ class Ablations(SectionStudy):
         table["noise"] = table.difference / self.losses(frame, place)[BASELINE].std()
         table["place"] = place.name
         return table.merge(multipliers(self.frontier(frame, place), table, self.settings.seed), on="variant")
+
+    def _pooled(self, place: Place) -> tuple[float, float]:
+        """The standard deviation of a paired difference at a place, by all its seeds, and its degrees of freedom."""
+        losses = self.losses(self.seeded, place)
+        base = losses[BASELINE]
+        pairs = {name: (own - base.reindex(own.index)).dropna() for name, own in losses.items() if name != BASELINE}
+        return contrasts.pooled_spread(pairs)
 
     @staticmethod
     def _choice(name: str) -> str:
@@ -704,7 +713,7 @@ class Ablations(SectionStudy):
         for name in [n for n in small.index if n in large.index]:
             one, two = small.loc[name], large.loc[name]
             change = two.difference - one.difference
-            half = 1.96 * math.hypot(one.error, two.error)
+            half = contrasts.half_width((one.error, two.error), (one.freedom, two.freedom))
             told = [row.verdict if row.verdict in ("worse", "better") else "" for row in (one, two)]
             rows.append(
                 {"variant": name, "small": one.difference, "large": two.difference, "change": change, "low": change - half,
@@ -790,9 +799,8 @@ class Ablations(SectionStudy):
         base = self.losses(self.seeded, place)[BASELINE]
         own = self.planted.drop_duplicates("seed").set_index("seed")
         differences = (own.val_loss - base.reindex(own.index)).dropna()
-        seeds, row = self.planned[place.name]["seeds"], self.tables[place.name].iloc[0]
-        sd = row.error * math.sqrt(row.seeds)
-        options = {"seeds": seeds, "sd": sd, "freedom": row.freedom, "seed": self.settings.seed}
+        seeds, (sd, freedom) = self.planned[place.name]["seeds"], self._pooled(place)
+        options = {"seeds": seeds, "sd": sd, "freedom": freedom, "seed": self.settings.seed}
         family = LOOKS[1] / max(1, len(self._primary()))
         tests = {
             "moved to 0.015 nats, one contrast at 5 %": contrasts.planted_test(differences, **options),
@@ -802,7 +810,8 @@ class Ablations(SectionStudy):
             "as they came out, one contrast at 5 %": contrasts.planted_test(differences, shift=None, **options),
         }
         table = pd.DataFrame([{"test": name, **found} for name, found in tests.items()])
-        half = 1.96 * differences.std() / math.sqrt(len(differences))
+        count = len(differences)
+        half = contrasts.half_width([differences.std() / math.sqrt(count)], [count - 1])
         kept = (
             own.tokens_seen.mean()
             / self.seeded[self.seeded.variant.eq(BASELINE) & self.seeded.place.eq(place.name)].tokens_seen.mean()
@@ -840,7 +849,8 @@ class Ablations(SectionStudy):
             own = self.checks[self.checks.variant == f"{BASELINE} for {name}"].val_loss.dropna()
             variant = self.losses(self.seeded, place)[name].dropna()
             difference = own.mean() - variant.mean()
-            half = 1.96 * math.hypot(own.std() / math.sqrt(len(own)), variant.std() / math.sqrt(len(variant)))
+            errors = [losses.std() / math.sqrt(len(losses)) for losses in (own, variant)]
+            half = contrasts.half_width(errors, (len(own) - 1, len(variant) - 1))
             rows.append(
                 {"variant": name, "multiplier": table.multiplier[name], "compute": factor, "variant_loss": variant.mean(),
                  "baseline_loss": own.mean(), "difference": difference, "low": difference - half, "high": difference + half,
@@ -940,9 +950,9 @@ class Ablations(SectionStudy):
 
     def _spread(self, place: Place, pair: pd.Series) -> tuple[float, ...]:
         """Mean and intervals (95 %, 90 %) of paired differences by the place's pooled variance."""
-        row = self.tables[place.name].iloc[0]
-        error, mean = row.error * math.sqrt(row.seeds / len(pair)), float(pair.mean())
-        halves = [error * stats.t.ppf(q, row.freedom) for q in (0.975, 0.95)]
+        sd, freedom = self._pooled(place)
+        error, mean = sd / math.sqrt(len(pair)), float(pair.mean())
+        halves = [error * stats.t.ppf(q, freedom) for q in (0.975, 0.95)]
         return mean, *(mean + sign * half for half in halves for sign in (-1, 1))
 
     def _range(self, place: Place, choice: str, table: pd.DataFrame, ids: dict[str, dict[int, str]]) -> dict:
