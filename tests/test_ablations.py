@@ -185,6 +185,7 @@ def test_planted_effects_come_out_with_their_size_and_verdict(measured):
     assert small.noise["relu"] == pytest.approx(
         EFFECTS["relu"] / 0.021, rel=0.4
     )  # in deviations of the baseline's seeds
+    assert small.noise_low["relu"] / small.low["relu"] == pytest.approx(small.noise["relu"] / small.difference["relu"])
     assert small.bpb["relu"] == pytest.approx(small.difference["relu"] / math.log(2) / 1.5, rel=1e-6)
     assert small.primary.relu and not small.primary.relu2 and math.isnan(small.p_holm.relu2)
 
@@ -206,7 +207,7 @@ def test_what_the_first_look_decided_is_told_with_its_own_numbers_and_claims_dec
         table = measured.tables[place.name].set_index("variant")
         early = table[table.primary & (table.look == 1)]
         assert (early.verdict != "undecided").all() and "relu" in early.index
-        for name, row in early.iterrows():
+        for _, row in early.iterrows():
             assert (row.p_equal < 0.01) if row.verdict == "equal" else (row.p_holm < 0.01)
         for name, row in table[table.primary].iterrows():
             told = effects.loc[f"{place.name}: {name}"]
@@ -249,6 +250,9 @@ def test_nothing_is_extrapolated(measured):
 def test_the_checks_tell_how_far_the_measuring_is_to_be_believed(measured):
     measured.show_multipliers()
     measured.show_crossing()
+    speeds = {f"{place}: {name}": 1.0 for place, name in measured.trial_of}
+    (measured.folder / "speed.json").write_text(json.dumps({"tokens_per_second": speeds, "load": 0.0}))
+    measured.show_costs()
     measured.check_planted()
     measured.check_multipliers()
     tables = measured.folder / "tables"
@@ -263,6 +267,10 @@ def test_the_checks_tell_how_far_the_measuring_is_to_be_believed(measured):
     base = measured.trial_of["small", BASELINE]
     N, D = counts.parameters(base.model)["total"], base.tokens
     assert law(N, D * kept) - law(N, D) == pytest.approx(contrasts.PLANTED, abs=0.004)
+    parts = pd.read_csv(tables / "parts.csv").set_index(["place", "variant"])
+    own = parts.drop(columns=["non_embedding", "total"]).sum(axis=1)
+    assert (own == parts.total).all() and parts["head"]["small", BASELINE] == 0
+    assert parts["head"]["small", "untied"] == 512 * 36 and "untied as used" in parts.loc["small"].index
     checks = pd.read_csv(tables / "checks.csv")
     assert len(checks) == 2 and (checks.difference.abs() < 0.02).all()
     assert (np.abs(np.log(checks.multiplier)) > math.log(1.15)).all()

@@ -431,7 +431,8 @@ class Ablations(SectionStudy):
         table["flops"] = own.flops.max().reindex(table.variant).to_numpy()
         table["bpb"] = table.difference * bits
         table["bpb_low"], table["bpb_high"] = table.low * bits, table.high * bits
-        table["noise"] = table.difference / self.losses(frame, place)[BASELINE].std()
+        sd = self.losses(frame, place)[BASELINE].std()
+        table["noise"], table["noise_low"], table["noise_high"] = table.difference / sd, table.low / sd, table.high / sd
         table["place"] = place.name
         return table.merge(multipliers(self.frontier(frame, place), table, self.settings.seed), on="variant")
 
@@ -558,7 +559,8 @@ class Ablations(SectionStudy):
                 "per byte and in units of noise; p after Holm for the primary ones; the verdict, and how many seeds "
                 "would decide it, "
                 "were the difference what it seems", variant="", seeds="d", params_total=",.0f", intermediate_size="d",
-                difference="+.4f", low="+.4f", high="+.4f", bpb="+.4f", bpb_low="+.4f", bpb_high="+.4f", noise="+.1f", p=".2g",
+                difference="+.4f", low="+.4f", high="+.4f", bpb="+.4f", bpb_low="+.4f", bpb_high="+.4f", noise="+.1f",
+                noise_low="+.1f", noise_high="+.1f", p=".2g",
                 p_holm=".2g", verdict="", more_seeds="d",
             )  # fmt: skip
         self.report.figure(
@@ -766,6 +768,16 @@ class Ablations(SectionStudy):
             "key-value cache",
             place="", variant="", difference="+.4f", speed=".2f", flops_per_token=".2f", training_bytes=",.0f", cache_bytes=""
             ",.0f",
+        )  # fmt: skip
+        parts = [
+            {"place": trial.place.name, "variant": trial.name, **counts.parameters(trial.model)}
+            for trial in self.trial_of.values() if trial.kind != "ladder"
+        ]  # fmt: skip
+        columns = ("embedding", "position", "attention", "mlp", "norm", "head", "non_embedding", "total")
+        self.report.table(
+            pd.DataFrame(parts), "parts", "Parameters by part; `non_embedding` leaves out embedding, position table and "
+            "head: by it `untied as used` equals the baseline", place="", variant="",
+            **dict.fromkeys(columns, ",.0f"),
         )  # fmt: skip
 
     def _speeds(self) -> dict:
