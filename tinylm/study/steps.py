@@ -102,13 +102,14 @@ class Study:
         origin = facts["provenance"]
         own = origin["source"].startswith("own")
         source = "" if own else f"{origin['source']}; licence: {origin['licence']}"
+        scored = getattr(self.preset, "eval_tokens", TrainConfig().eval_tokens)
         self.report.section("The text")
         self.report.text(
             f"**{facts['name']}**, {total / 1e6:.1f} MB{f' ({source})' if source else ''}. Of it {split['train'] / total:.0%} "
             f"train the models, {split['val'] / total:.0%} judge them, and the rest is kept for a last test; the parts are "
             f"contiguous blocks. A {self.data.tokenizer} tokenizer of {self.settings.vocab_size} pieces, trained on the "
             f"training part alone, cuts it into {quantity(tokens['train'])} training tokens of "
-            f"{split['train'] / tokens['train']:.2f} bytes each. Loss is in nats per token over {TrainConfig().eval_tokens:,} "
+            f"{split['train'] / tokens['train']:.2f} bytes each. Loss is in nats per token over {scored:,} "
             f"tokens of the validation part at most, the same for every run; a guess at random would lose "
             f"{math.log(self.settings.vocab_size):.2f}."
         )
