@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -332,6 +333,9 @@ def test_the_laws_of_the_compute_study_are_read(tmp_path):
     assert read.effect["perplexity at fixed compute"] == pytest.approx(
         np.mean(1 - np.exp(minima.curvature * math.log(2) ** 2))
     )
+    assert read.effect["loss at fixed compute"] == pytest.approx(
+        -np.mean(minima.curvature * math.log(2) ** 2 / minima.loss_min)
+    )
     with pytest.raises(LabError, match="without the study ablations"):
         judge(tmp_path, claims_of([10]))
 
@@ -390,6 +394,22 @@ def test_architecture_against_the_laws_has_the_records_of_both_behind_it(tmp_pat
     (folder / "runs" / "a.json").unlink()
     with pytest.raises(LabError, match=r"every record behind it.*ablations/runs/a\.json"):
         judge(tmp_path, claims_of([10]))
+
+
+def test_what_stands_beside_a_rule_is_told_by_a_reader_and_named_by_no_rule(tmp_path):
+    for number, studies in claims.BESIDE.items():
+        (claim,) = claims_of([number])
+        assert set(studies) <= set(claims.READERS) and set(studies) <= set(claim.studies)
+        assert not {name for names in studies.values() for name in names} & {part.name for part in claim.parts}
+    settings = ClaimsParameters(numbers=(8,), evidence=str(tmp_path), results_dir=str(tmp_path / "report"))
+    for study in claims.READERS:
+        shutil.copytree(
+            repository() / "results" / study, tmp_path / study, ignore=shutil.ignore_patterns("*.html", "*.svg")
+        )
+    study = claims.begin(settings)
+    study.show_verdicts()
+    (told,) = [piece for piece in study.report.pieces if piece.startswith("Beside the rule, ")]
+    assert "equal compute: -0.0" in told and "share (" in told
 
 
 def test_where_the_claims_are_read_and_written():

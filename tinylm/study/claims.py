@@ -683,16 +683,18 @@ def _read_compute_scaling(root: Path) -> list[dict]:
     half = stats.norm.ppf(0.975) * float(np.hypot(*spread)) / step
     rows.append(effects_row("exponent of loss at the top", top, top - half, top + half, **rest))
     inside = minima[minima.inside.astype(bool)]
-    rise = 1 - np.exp(inside.curvature.to_numpy(float) * math.log(2) ** 2)
-    rows.append(_t_row("perplexity at fixed compute", rise, unit="share", runs=ids))
+    nats = inside.curvature.to_numpy(float) * math.log(2) ** 2  # what twice the best size costs at equal compute
+    rows.append(_t_row("perplexity at fixed compute", 1 - np.exp(nats), unit="share", runs=ids))
+    rows.append(_t_row("loss at fixed compute", -nats / inside.loss_min.to_numpy(float), unit="share", runs=ids))
     rows += _products(runs, ids)
     batches = _table(root, study, "batches")
+    tried = [*ids, *_family_runs(root, study, ("batches",)).run_id]
     for words, group in (("half", batches[batches.factor < 1]), ("twice", batches[batches.factor > 1])):
         if len(group):
             mean, width = group.difference.mean(), ((group.high - group.low) / 2).mean() / math.sqrt(len(group))
             narrow = width * stats.norm.ppf(0.95) / stats.norm.ppf(0.975)
             ends = (mean - width, mean + width, mean - narrow, mean + narrow)
-            rows.append(effects_row(f"{words} the batch at equal tokens", mean, *ends, runs=ids))
+            rows.append(effects_row(f"{words} the batch at equal tokens", mean, *ends, runs=tried))
     there = (root / "ablations" / "tables" / "effects.csv").exists()
     return rows + (_gains(root, ids) if there else [])
 
@@ -782,6 +784,16 @@ READERS: dict[str, Callable[[Path], list[dict]]] = {
 }
 
 
+# What stands below the table of a claim, of the same readers, without being part of its rule.
+BESIDE = {
+    8: {
+        "compute_scaling": {
+            "loss at fixed compute": "one less the loss of twice the best size over that of the best, at equal compute"
+        }
+    }
+}
+
+
 # ---------------------------------------------------------------------------------------------------------------- the study
 
 COLOURS = {"supported": plots.COLOURS[2], "refuted": plots.COLOURS[1], "undecided": plots.GREY}
@@ -868,6 +880,14 @@ class Claims:
             "and how many seeds would decide it, were the effect what it seems", part="", effect="+.4f", interval="", unit="",
             holds="", verdict="", decides="", seeds="d", more_seeds="", study="",
         )  # fmt: skip
+        for study, beside in BESIDE.get(claim.number, {}).items():
+            table = evidence(self.root, study).set_index("part")
+            told = "; ".join(
+                f"{about}: {row.effect:+.4f} {row.unit} ({_span(row)})"
+                for name, about in beside.items()
+                for row in [table.loc[name]]
+            )
+            self.report.text(f"Beside the rule, {told}. Bits per byte go as the loss.")
 
     def end(self) -> None:
         """Where each study stands, how this was made, and the files."""
