@@ -115,6 +115,16 @@ def test_variants_that_go_together_count_as_one():
     assert unequal[0] == pytest.approx(0.01, rel=0.1) and unequal[1] > 700
 
 
+def test_what_is_undecided_asks_for_more_seeds_than_there_are():
+    rng = np.random.default_rng(3)
+    for _ in range(100):
+        losses = {"baseline": pd.Series(rng.normal(3, 0.012, 5))}
+        losses |= {f"v{i}": pd.Series(rng.normal(3.02, 0.012, 5)) for i in range(8)}
+        table = effects(losses, "baseline", list(losses)[1:])
+        undecided = table[table.verdict == "undecided"]
+        assert (undecided.more_seeds > undecided.seeds).all() and (undecided.more_seeds < 10**6).all()
+
+
 def test_equality_is_shown_rarely_where_it_does_not_hold():
     at_margin = {"base": 0.0, **{name: 0.01 for name in NAMES}}
     tables = [effects(losses(at_margin, 12, draw=i), "base", NAMES) for i in range(60)]

@@ -732,8 +732,8 @@ class Ablations(SectionStudy):
             + (f"Crossing: {', '.join(crossing)}." if crossing else "None is seen to cross between these two.")
         )
         self.report.table(
-            table, "crossing", "Differences at the two places (nats per token) and their change with its 95 % interval", variant=""
-            "",
+            table, "crossing", "Differences at the two places (nats per token) and their change with its 95 % "
+            "interval (each by itself, not corrected)", variant="",
             small="+.4f", large="+.4f", change="+.4f", low="+.4f", high="+.4f", verdict="",
         )  # fmt: skip
         told = f"{', '.join(crossing)} cross" if crossing else "no variant is seen to cross"

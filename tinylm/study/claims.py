@@ -933,7 +933,8 @@ def _words_of(verdict: Verdict) -> str:
     """The first of the deciding parts that speak for the verdict, in words, and how many more do."""
     parts = verdict.parts[verdict.parts.decides & (verdict.parts.verdict == verdict.verdict)]
     row = next(parts.itertuples())
-    more = f" ({len(parts) - 1} more parts alike)" if len(parts) > 1 else ""
+    others = len(parts) - 1
+    more = f" (and {others} more part{'s' * (others > 1)} alike)" if others else ""
     return f"{row.part}: {row.effect:+.3f} {row.unit} ({_span(row)}){more}."
 
 
