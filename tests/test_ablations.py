@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ import pytest
 
 from tinylm import counts
 from tinylm.errors import ConfigError, LabError, TextError
-from tinylm.study import ablations, claims, contrasts
+from tinylm.study import ablations, claims, contrasts, steps
 from tinylm.study.ablations import AS_USED, BASELINE, VARIANTS, Place, with_total
 from tinylm.study.design import Recipe
 from tinylm.study.multipliers import fit_frontier, multipliers
@@ -247,7 +248,7 @@ def test_nothing_is_extrapolated(measured):
         fit_frontier(runs.assign(val_loss=runs.flops / 1e11), frontier.flops)
 
 
-def test_the_checks_tell_how_far_the_measuring_is_to_be_believed(measured):
+def test_the_checks_tell_how_far_the_measuring_is_to_be_believed(measured, monkeypatch):
     measured.show_multipliers()
     measured.show_crossing()
     speeds = {f"{place}: {name}": 1.0 for place, name in measured.trial_of}
@@ -275,6 +276,10 @@ def test_the_checks_tell_how_far_the_measuring_is_to_be_believed(measured):
     assert len(checks) == 2 and (checks.difference.abs() < 0.02).all()
     assert (np.abs(np.log(checks.multiplier)) > math.log(1.15)).all()
     assert {line for line in measured.findings if "Compute multiplier of relu2" in line}
+    monkeypatch.setattr(steps, "Folder", lambda folder: SimpleNamespace(shared=lambda name: None))  # made-up records
+    measured.end()
+    runs = pd.read_csv(tables / "runs.csv")
+    assert set(runs.variant) > {BASELINE, "relu2", "planted"} and set(runs.place) == {"small", "large"}
 
 
 def test_a_curve_that_crosses_is_seen(tmp_path):

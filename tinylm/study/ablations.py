@@ -981,7 +981,10 @@ class Ablations(SectionStudy):
         return claims.effects_row(choice, *self._spread(place, pair), seeds=len(pair), runs=runs)
 
     def end(self) -> None:
-        self.finish([frame for frame in (self.tuned, self.seeded, self.planted, self.checks) if len(frame)])
+        self.finish(
+            [frame for frame in (self.tuned, self.seeded, self.planted, self.checks) if len(frame)],
+            ("place", "variant"),
+        )
 
 
 def measure_for_claims(root: Path) -> None:

@@ -340,7 +340,7 @@ class Numerics(OneAtATime):
         )  # fmt: skip
 
     def end(self) -> None:
-        self.finish([self.tuned, self.measured])
+        self.finish([self.tuned, self.measured], ("knob", "value"))
 
 
 def _most(part: str, table: pd.DataFrame) -> str:

@@ -256,8 +256,9 @@ class Study:
                 f"Prompt `{prompt!r}`, temperature {config.temperature}, top_p {config.top_p}:\n\n```text\n{text}\n```"
             )
 
-    def finish(self, frames: list[pd.DataFrame]) -> None:
-        """The table of all runs, how it was made, and the report's first lines."""
+    def finish(self, frames: list[pd.DataFrame], also: tuple[str, ...] = ()) -> None:
+        """The table of all runs, how it was made, and the report's first lines. also: columns of that table that say what a run
+        stands for in this study."""
         runs = pd.concat(frames).drop_duplicates("run_id").sort_values(["flops", "run_id"])
         columns = [
             "run_id",
@@ -280,7 +281,7 @@ class Study:
             "val_loss",
             "val_bpb",
         ]
-        write_table(self.folder / "tables" / "runs.csv", runs[columns])
+        write_table(self.folder / "tables" / "runs.csv", runs[[*columns, *also]])
         arithmetic = (Folder(self.folder).shared("arithmetic") or {}).get("machine", {})
         self.report.section("How this was made")
         self.report.text(
