@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ import pytest
 
 from tinylm import counts
 from tinylm.errors import ConfigError, LabError, TextError
-from tinylm.study import ablations, claims, contrasts
+from tinylm.study import ablations, claims, contrasts, steps
 from tinylm.study.ablations import AS_USED, BASELINE, VARIANTS, Place, with_total
 from tinylm.study.design import Recipe
 from tinylm.study.multipliers import fit_frontier, multipliers
@@ -185,6 +186,7 @@ def test_planted_effects_come_out_with_their_size_and_verdict(measured):
     assert small.noise["relu"] == pytest.approx(
         EFFECTS["relu"] / 0.021, rel=0.4
     )  # in deviations of the baseline's seeds
+    assert small.noise_low["relu"] / small.low["relu"] == pytest.approx(small.noise["relu"] / small.difference["relu"])
     assert small.bpb["relu"] == pytest.approx(small.difference["relu"] / math.log(2) / 1.5, rel=1e-6)
     assert small.primary.relu and not small.primary.relu2 and math.isnan(small.p_holm.relu2)
 
@@ -198,6 +200,21 @@ def test_seeds_that_chose_a_rate_are_no_evidence_and_the_undecided_get_more(meas
     assert (seeds[small.index[(small.look == 2) & (small.kind == "equal")]] == measured.planned["small"]["seeds"]).all()
     rates = measured.rates[measured.rates.place == "small"].set_index("variant").learning_rate
     assert rates["relu"] / rates[BASELINE] == pytest.approx(1.5, rel=0.2)  # each at its own best
+
+
+def test_what_the_first_look_decided_is_told_with_its_own_numbers_and_claims_decide_alike(measured):
+    effects = pd.read_csv(measured.folder / "tables" / "effects.csv").set_index("part")
+    for place in measured.preset.places:
+        table = measured.tables[place.name].set_index("variant")
+        early = table[table.primary & (table.look == 1)]
+        assert (early.verdict != "undecided").all() and "relu" in early.index
+        for _, row in early.iterrows():
+            assert (row.p_equal < 0.01) if row.verdict == "equal" else (row.p_holm < 0.01)
+        for name, row in table[table.primary].iterrows():
+            told = effects.loc[f"{place.name}: {name}"]
+            equal = told.low_90 > -contrasts.MARGIN and told.high_90 < contrasts.MARGIN
+            assert equal == (row.verdict == "equal")
+            assert (told.p < 0.05) == (row.verdict in ("worse", "better")) or equal
 
 
 def test_a_multiplier_is_the_compute_that_the_law_says(measured):
@@ -231,9 +248,12 @@ def test_nothing_is_extrapolated(measured):
         fit_frontier(runs.assign(val_loss=runs.flops / 1e11), frontier.flops)
 
 
-def test_the_checks_tell_how_far_the_measuring_is_to_be_believed(measured):
+def test_the_checks_tell_how_far_the_measuring_is_to_be_believed(measured, monkeypatch):
     measured.show_multipliers()
     measured.show_crossing()
+    speeds = {f"{place}: {name}": 1.0 for place, name in measured.trial_of}
+    (measured.folder / "speed.json").write_text(json.dumps({"tokens_per_second": speeds, "load": 0.0}))
+    measured.show_costs()
     measured.check_planted()
     measured.check_multipliers()
     tables = measured.folder / "tables"
@@ -248,10 +268,18 @@ def test_the_checks_tell_how_far_the_measuring_is_to_be_believed(measured):
     base = measured.trial_of["small", BASELINE]
     N, D = counts.parameters(base.model)["total"], base.tokens
     assert law(N, D * kept) - law(N, D) == pytest.approx(contrasts.PLANTED, abs=0.004)
+    parts = pd.read_csv(tables / "parts.csv").set_index(["place", "variant"])
+    own = parts.drop(columns=["non_embedding", "total"]).sum(axis=1)
+    assert (own == parts.total).all() and parts["head"]["small", BASELINE] == 0
+    assert parts["head"]["small", "untied"] == 512 * 36 and "untied as used" in parts.loc["small"].index
     checks = pd.read_csv(tables / "checks.csv")
     assert len(checks) == 2 and (checks.difference.abs() < 0.02).all()
     assert (np.abs(np.log(checks.multiplier)) > math.log(1.15)).all()
     assert {line for line in measured.findings if "Compute multiplier of relu2" in line}
+    monkeypatch.setattr(steps, "Folder", lambda folder: SimpleNamespace(shared=lambda name: None))  # made-up records
+    measured.end()
+    runs = pd.read_csv(tables / "runs.csv")
+    assert set(runs.variant) > {BASELINE, "relu2", "planted"} and set(runs.place) == {"small", "large"}
 
 
 def test_a_curve_that_crosses_is_seen(tmp_path):

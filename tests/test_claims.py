@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -128,6 +129,15 @@ def test_how_many_seeds_would_decide_follows_the_root_law():
     part = Part("part", "study", "about", EQUAL)
     assert part.seeds_to_decide(row(0.0, 0.02)) == 5 * 4  # half the width needs four times the seeds
     assert part.seeds_to_decide(row(0.01, 0.02)) == math.inf
+    near = Part("part", "study", "about", (-0.01, None), BELOW)
+    assert near.seeds_to_decide(row(0.001, 0.022)) == 5 * 4  # zero is no bound of what the effect would show
+    assert (
+        near.seeds_to_decide(row(-0.004, 0.012)) == 5 * 4
+    )  # either verdict would do: 0.006 to the one bound, 0.004 to the other
+    assert near.seeds_to_decide(row(-0.02, 0.04)) == 5 * 4
+    # what the correction alone keeps undecided takes more seeds than there are
+    assert 5 < Part("part", "study", "about", ABOVE).seeds_to_decide(row(0.02, 0.01, 0.2)) < 20
+    assert Part("part", "study", "about", ABOVE).seeds_to_decide(row(0.02, 0.01, 1.0)) == math.inf
 
 
 @pytest.mark.parametrize(
@@ -323,6 +333,9 @@ def test_the_laws_of_the_compute_study_are_read(tmp_path):
     assert read.effect["perplexity at fixed compute"] == pytest.approx(
         np.mean(1 - np.exp(minima.curvature * math.log(2) ** 2))
     )
+    assert read.effect["loss at fixed compute"] == pytest.approx(
+        -np.mean(minima.curvature * math.log(2) ** 2 / minima.loss_min)
+    )
     with pytest.raises(LabError, match="without the study ablations"):
         judge(tmp_path, claims_of([10]))
 
@@ -342,7 +355,61 @@ def test_the_report_tells_every_verdict_with_its_interval(root, tmp_path):
     assert links and all((tmp_path / "report" / link).exists() for link in links)
     table = pd.read_csv(tmp_path / "report" / "tables" / "verdicts.csv")
     assert table.verdict.tolist() == ["supported"] and table.sealed.tolist() == ["before"]
+    assert "+0.0100 to +0.0300" in table.effect[0] and "(and 3 more parts alike)" in table.effect[0]
+    assert "## How this was made" in readme and "-p numbers 3`" in readme
     assert pd.read_csv(tmp_path / "report" / "tables" / "runs.csv").run_id.tolist() == ["a"]
+
+
+def test_what_is_exact_has_no_seeds_to_be_few(tmp_path):
+    folder = tmp_path / "ablations"
+    parts = (Part("counted", "ablations", "about", ABOVE), Part("measured", "ablations", "about", ABOVE))
+    claim = Claim(99, "made up", "A sentence.", "none", parts)
+    write_runs(folder, {"a": 3.0})
+    write_effects(folder, {"counted": (0.2, 0.0), "measured": (0.2, 0.1)})
+    path = folder / "tables" / "effects.csv"
+    pd.read_csv(path).assign(seeds=[1, 5]).to_csv(path, index=False)
+    assert judge(tmp_path, [claim])[0].row()["seeds"] == 5
+
+
+def test_architecture_against_the_laws_has_the_records_of_both_behind_it(tmp_path, monkeypatch):
+    """Claims 10 and 15 take a range from the ablations: its runs are named too, and missed where they are gone."""
+    law = tmp_path / "compute_scaling" / "tables" / "law.json"
+    law.parent.mkdir(parents=True)
+    law.write_bytes((repository() / "results" / "compute_scaling" / "tables" / "law.json").read_bytes())
+    monkeypatch.setitem(claims.READERS, "compute_scaling", lambda root: claims._gains(root, ["c"]))
+    write_runs(tmp_path / "compute_scaling", {"c": 3.0})
+    folder = tmp_path / "ablations"
+    write_runs(folder, {"a": 3.0})
+    write_effects(folder, {f"{place}: largest choice": (0.1, 0.02) for place in claims.PLACES})
+    places = {
+        "place": claims.PLACES,
+        "params_total": [5e4, 1.2e5],
+        "flops": [2.5e11, 1.25e12],
+        "tokens_seen": [7e5, 1.6e6],
+    }
+    pd.DataFrame(places).to_csv(folder / "tables" / "places.csv", index=False)
+    (verdict,) = judge(tmp_path, claims_of([10]))
+    assert verdict.verdict == "supported" and verdict.runs == ["ablations/a", "c"]
+    assert (verdict.parts.low < verdict.parts.effect).all() and (verdict.parts.effect < verdict.parts.high).all()
+    (folder / "runs" / "a.json").unlink()
+    with pytest.raises(LabError, match=r"every record behind it.*ablations/runs/a\.json"):
+        judge(tmp_path, claims_of([10]))
+
+
+def test_what_stands_beside_a_rule_is_told_by_a_reader_and_named_by_no_rule(tmp_path):
+    for number, studies in claims.BESIDE.items():
+        (claim,) = claims_of([number])
+        assert set(studies) <= set(claims.READERS) and set(studies) <= set(claim.studies)
+        assert not {name for names in studies.values() for name in names} & {part.name for part in claim.parts}
+    settings = ClaimsParameters(numbers=(8,), evidence=str(tmp_path), results_dir=str(tmp_path / "report"))
+    for study in claims.READERS:
+        shutil.copytree(
+            repository() / "results" / study, tmp_path / study, ignore=shutil.ignore_patterns("*.html", "*.svg")
+        )
+    study = claims.begin(settings)
+    study.show_verdicts()
+    (told,) = [piece for piece in study.report.pieces if piece.startswith("Beside the rule, ")]
+    assert "equal compute: -0.0" in told and "share (" in told
 
 
 def test_where_the_claims_are_read_and_written():

@@ -50,10 +50,11 @@ def test_verdicts_and_the_map_come_first(tmp_path):
     (tmp_path / "hyperparameters" / "figures" / "map.png").write_bytes(b"")
     study(tmp_path, "claims", "verse", 0.4)
     verdict = {"claim": 3, "sentence": "SwiGLU is better.", "verdict": "undecided", "supported": 1, "refuted": 0,
-               "undecided": 3, "seeds": 5, "corpus": "verse"}  # fmt: skip
+               "undecided": 3, "seeds": 5, "corpus": "verse", "effect": "relu: +0.010 nats", "sealed": "after"}  # fmt: skip
     pd.DataFrame([verdict]).to_csv(tmp_path / "claims" / "tables" / "verdicts.csv", index=False)
     page = contents.write(tmp_path).read_text()
-    assert "| 3 | SwiGLU is better. | **undecided** | 1 of 4 | 5 | verse |" in page
+    assert "| 3 | SwiGLU is better. | **undecided** | relu: +0.010 nats | 1 of 4 | 5 | verse | after |" in page
+    assert "written down beforehand" not in page  # some rules were not
     assert page.index("SwiGLU") < page.index("map.png") < page.index("A finding of ablations_of_mine")
     (tmp_path / "claims" / "tables" / "verdicts.csv").write_text("damaged\n1\n")
     assert "A finding of claims." in contents.write(tmp_path).read_text()

@@ -12,6 +12,7 @@ from tinylm.study.contrasts import (
     PLANTED,
     contrasts,
     effects,
+    half_width,
     holm,
     null_test,
     planted_test,
@@ -114,6 +115,16 @@ def test_variants_that_go_together_count_as_one():
     assert unequal[0] == pytest.approx(0.01, rel=0.1) and unequal[1] > 700
 
 
+def test_what_is_undecided_asks_for_more_seeds_than_there_are():
+    rng = np.random.default_rng(3)
+    for _ in range(100):
+        losses = {"baseline": pd.Series(rng.normal(3, 0.012, 5))}
+        losses |= {f"v{i}": pd.Series(rng.normal(3.02, 0.012, 5)) for i in range(8)}
+        table = effects(losses, "baseline", list(losses)[1:])
+        undecided = table[table.verdict == "undecided"]
+        assert (undecided.more_seeds > undecided.seeds).all() and (undecided.more_seeds < 10**6).all()
+
+
 def test_equality_is_shown_rarely_where_it_does_not_hold():
     at_margin = {"base": 0.0, **{name: 0.01 for name in NAMES}}
     tables = [effects(losses(at_margin, 12, draw=i), "base", NAMES) for i in range(60)]
@@ -126,6 +137,17 @@ def test_a_seed_that_diverged_is_told_and_its_pair_left_out():
     table = effects(own, "base", ["a", "b"]).set_index("variant")
     assert (table.seeds["a"], table.diverged["a"], table.verdict["a"]) == (4, 1, "diverges")
     assert table.seeds["b"] == 5
+
+
+def test_a_difference_of_two_means_has_welchs_interval():
+    rng = np.random.default_rng(0)
+    one, other = rng.normal(0, 1, 5), rng.normal(0, 3, 8)
+    errors = [values.std(ddof=1) / np.sqrt(len(values)) for values in (one, other)]
+    expected = stats.ttest_ind(one, other, equal_var=False).confidence_interval()
+    half = half_width(errors, (4, 7))
+    assert 2 * half == pytest.approx(expected.high - expected.low)
+    assert half_width([0.01], [4]) == pytest.approx(0.01 * stats.t.ppf(0.975, 4))
+    assert half_width([0.0, 0.0], (4, 4)) == 0
 
 
 def test_holm_is_holms():

@@ -106,6 +106,21 @@ def test_differences_and_failures_come_out(measured):
     assert (costs.speed.unstack()["fp16"] == 0.5).all()
 
 
+def test_the_most_is_the_most_in_either_direction_and_what_no_run_bore_is_named():
+    table = pd.DataFrame(
+        {
+            "variant": ["baseline", "x 2", "x 8", "x 64"],
+            "failed": [0, 0, 0, 1],
+            "difference": [np.nan, 0.01, -0.3, np.nan],
+        }
+    ).assign(low=-1.0, high=1.0)
+    said = numerics._most("knob", table)
+    assert said.startswith("knob at x 8 changes the loss by -0.300 nats") and said.endswith(
+        "Every run diverged at x 64."
+    )
+    assert "no difference" in numerics._most("knob", table[table.variant.isin(["baseline", "x 64"])])
+
+
 def test_what_is_kept_for_the_backward_pass_is_counted(tmp_path):
     study = study_of(tmp_path / "r", preset="smoke")
     base = study.baseline(0.01)

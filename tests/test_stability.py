@@ -149,6 +149,12 @@ def test_the_full_preset_is_what_the_claim_says():
     assert stability.STEP == 0.5 and stability.WORSE == 0.5
 
 
+def test_the_tokens_that_are_scored_are_those_of_the_preset(tmp_path):
+    study = study_of(tmp_path / "r", eval_tokens=12345)
+    study.describe_text()
+    assert any("nats per token over 12,345 tokens of the validation part" in piece for piece in study.report.pieces)
+
+
 def test_a_grid_is_widened_for_both_where_a_boundary_lies_outside(tmp_path):
     study = study_of(tmp_path / "r", depths=(2, 16), grid=(-12, -10), moves=4)
     study.measure()

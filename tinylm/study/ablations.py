@@ -409,13 +409,15 @@ class Ablations(SectionStudy):
         )  # fmt: skip
 
     def worth(self, frame: pd.DataFrame, place: Place) -> pd.DataFrame:
-        """The contrasts of a place in all units. A contrast that the first look decided stays as that look told it."""
+        """The contrasts of a place in all units. A contrast that the first look decided stays as that look told it, interval and
+        p too."""
         seeds = list(self.seeds(max(place.first, 1)))
         early = self.effects(frame[(frame.variant == BASELINE) | frame.seed.isin(seeds)], place, 1)
         table = self.effects(frame, place, 2)
-        told = early.set_index("variant").verdict
-        decided = table.variant.map(told).fillna("undecided") != "undecided"
-        table["verdict"] = table.variant.map(told).where(decided, table.verdict)
+        told = early.set_index("variant").reindex(table.variant).reset_index()
+        decided = told.verdict.fillna("undecided") != "undecided"
+        for name in ("error", "freedom", "low", "high", "low_90", "high_90", "p", "p_holm", "p_equal", "verdict"):
+            table[name] = told[name].where(decided, table[name])
         table["more_seeds"] = table.more_seeds.where(table.verdict == "undecided", 0)
         table["look"] = np.where(decided, 1, 2)
         trials = {name: self.trial_of[place.name, name] for name in table.variant}
@@ -429,9 +431,17 @@ class Ablations(SectionStudy):
         table["flops"] = own.flops.max().reindex(table.variant).to_numpy()
         table["bpb"] = table.difference * bits
         table["bpb_low"], table["bpb_high"] = table.low * bits, table.high * bits
-        table["noise"] = table.difference / self.losses(frame, place)[BASELINE].std()
+        sd = self.losses(frame, place)[BASELINE].std()
+        table["noise"], table["noise_low"], table["noise_high"] = table.difference / sd, table.low / sd, table.high / sd
         table["place"] = place.name
         return table.merge(multipliers(self.frontier(frame, place), table, self.settings.seed), on="variant")
+
+    def _pooled(self, place: Place) -> tuple[float, float]:
+        """The standard deviation of a paired difference at a place, by all its seeds, and its degrees of freedom."""
+        losses = self.losses(self.seeded, place)
+        base = losses[BASELINE]
+        pairs = {name: (own - base.reindex(own.index)).dropna() for name, own in losses.items() if name != BASELINE}
+        return contrasts.pooled_spread(pairs)
 
     @staticmethod
     def _choice(name: str) -> str:
@@ -549,7 +559,8 @@ class Ablations(SectionStudy):
                 "per byte and in units of noise; p after Holm for the primary ones; the verdict, and how many seeds "
                 "would decide it, "
                 "were the difference what it seems", variant="", seeds="d", params_total=",.0f", intermediate_size="d",
-                difference="+.4f", low="+.4f", high="+.4f", bpb="+.4f", bpb_low="+.4f", bpb_high="+.4f", noise="+.1f", p=".2g",
+                difference="+.4f", low="+.4f", high="+.4f", bpb="+.4f", bpb_low="+.4f", bpb_high="+.4f", noise="+.1f",
+                noise_low="+.1f", noise_high="+.1f", p=".2g",
                 p_holm=".2g", verdict="", more_seeds="d",
             )  # fmt: skip
         self.report.figure(
@@ -704,7 +715,7 @@ class Ablations(SectionStudy):
         for name in [n for n in small.index if n in large.index]:
             one, two = small.loc[name], large.loc[name]
             change = two.difference - one.difference
-            half = 1.96 * math.hypot(one.error, two.error)
+            half = contrasts.half_width((one.error, two.error), (one.freedom, two.freedom))
             told = [row.verdict if row.verdict in ("worse", "better") else "" for row in (one, two)]
             rows.append(
                 {"variant": name, "small": one.difference, "large": two.difference, "change": change, "low": change - half,
@@ -721,8 +732,8 @@ class Ablations(SectionStudy):
             + (f"Crossing: {', '.join(crossing)}." if crossing else "None is seen to cross between these two.")
         )
         self.report.table(
-            table, "crossing", "Differences at the two places (nats per token) and their change with its 95 % interval", variant=""
-            "",
+            table, "crossing", "Differences at the two places (nats per token) and their change with its 95 % "
+            "interval (each by itself, not corrected)", variant="",
             small="+.4f", large="+.4f", change="+.4f", low="+.4f", high="+.4f", verdict="",
         )  # fmt: skip
         told = f"{', '.join(crossing)} cross" if crossing else "no variant is seen to cross"
@@ -758,6 +769,16 @@ class Ablations(SectionStudy):
             place="", variant="", difference="+.4f", speed=".2f", flops_per_token=".2f", training_bytes=",.0f", cache_bytes=""
             ",.0f",
         )  # fmt: skip
+        parts = [
+            {"place": trial.place.name, "variant": trial.name, **counts.parameters(trial.model)}
+            for trial in self.trial_of.values() if trial.kind != "ladder"
+        ]  # fmt: skip
+        columns = ("embedding", "position", "attention", "mlp", "norm", "head", "non_embedding", "total")
+        self.report.table(
+            pd.DataFrame(parts), "parts", "Parameters by part; `non_embedding` leaves out embedding, position table and "
+            "head: by it `untied as used` equals the baseline", place="", variant="",
+            **dict.fromkeys(columns, ",.0f"),
+        )  # fmt: skip
 
     def _speeds(self) -> dict:
         """Tokens a second of each model, measured once for a results folder."""
@@ -790,9 +811,8 @@ class Ablations(SectionStudy):
         base = self.losses(self.seeded, place)[BASELINE]
         own = self.planted.drop_duplicates("seed").set_index("seed")
         differences = (own.val_loss - base.reindex(own.index)).dropna()
-        seeds, row = self.planned[place.name]["seeds"], self.tables[place.name].iloc[0]
-        sd = row.error * math.sqrt(row.seeds)
-        options = {"seeds": seeds, "sd": sd, "freedom": row.freedom, "seed": self.settings.seed}
+        seeds, (sd, freedom) = self.planned[place.name]["seeds"], self._pooled(place)
+        options = {"seeds": seeds, "sd": sd, "freedom": freedom, "seed": self.settings.seed}
         family = LOOKS[1] / max(1, len(self._primary()))
         tests = {
             "moved to 0.015 nats, one contrast at 5 %": contrasts.planted_test(differences, **options),
@@ -802,7 +822,8 @@ class Ablations(SectionStudy):
             "as they came out, one contrast at 5 %": contrasts.planted_test(differences, shift=None, **options),
         }
         table = pd.DataFrame([{"test": name, **found} for name, found in tests.items()])
-        half = 1.96 * differences.std() / math.sqrt(len(differences))
+        count = len(differences)
+        half = contrasts.half_width([differences.std() / math.sqrt(count)], [count - 1])
         kept = (
             own.tokens_seen.mean()
             / self.seeded[self.seeded.variant.eq(BASELINE) & self.seeded.place.eq(place.name)].tokens_seen.mean()
@@ -840,7 +861,8 @@ class Ablations(SectionStudy):
             own = self.checks[self.checks.variant == f"{BASELINE} for {name}"].val_loss.dropna()
             variant = self.losses(self.seeded, place)[name].dropna()
             difference = own.mean() - variant.mean()
-            half = 1.96 * math.hypot(own.std() / math.sqrt(len(own)), variant.std() / math.sqrt(len(variant)))
+            errors = [losses.std() / math.sqrt(len(losses)) for losses in (own, variant)]
+            half = contrasts.half_width(errors, (len(own) - 1, len(variant) - 1))
             rows.append(
                 {"variant": name, "multiplier": table.multiplier[name], "compute": factor, "variant_loss": variant.mean(),
                  "baseline_loss": own.mean(), "difference": difference, "low": difference - half, "high": difference + half,
@@ -940,9 +962,9 @@ class Ablations(SectionStudy):
 
     def _spread(self, place: Place, pair: pd.Series) -> tuple[float, ...]:
         """Mean and intervals (95 %, 90 %) of paired differences by the place's pooled variance."""
-        row = self.tables[place.name].iloc[0]
-        error, mean = row.error * math.sqrt(row.seeds / len(pair)), float(pair.mean())
-        halves = [error * stats.t.ppf(q, row.freedom) for q in (0.975, 0.95)]
+        sd, freedom = self._pooled(place)
+        error, mean = sd / math.sqrt(len(pair)), float(pair.mean())
+        halves = [error * stats.t.ppf(q, freedom) for q in (0.975, 0.95)]
         return mean, *(mean + sign * half for half in halves for sign in (-1, 1))
 
     def _range(self, place: Place, choice: str, table: pd.DataFrame, ids: dict[str, dict[int, str]]) -> dict:
@@ -959,7 +981,10 @@ class Ablations(SectionStudy):
         return claims.effects_row(choice, *self._spread(place, pair), seeds=len(pair), runs=runs)
 
     def end(self) -> None:
-        self.finish([frame for frame in (self.tuned, self.seeded, self.planted, self.checks) if len(frame)])
+        self.finish(
+            [frame for frame in (self.tuned, self.seeded, self.planted, self.checks) if len(frame)],
+            ("place", "variant"),
+        )
 
 
 def measure_for_claims(root: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import math
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from scipy import stats
 
 from tinylm import files
 from tinylm.errors import LabError
-from tinylm.study import plots, scaling
+from tinylm.study import contents, plots, scaling
 from tinylm.study.contrasts import MARGIN
 from tinylm.study.parameters import ClaimsParameters, repository, within_repository
 from tinylm.study.report import Report, interval, write_table
@@ -31,7 +32,7 @@ from tinylm.study.runs import _read_checked, _write_checked, load_runs, read_rec
 # A row of tables/effects.csv: the name of a ``Part``; the effect with its 95 % and 90 % intervals (equal ends where it is
 # exact; the latter wider where a study looked more than once); p after correction where the study tests several (else empty);
 # the unit; seeds behind it; the run_ids behind it, with blanks between; and, where the effect is a plain difference of mean
-# losses, the run_ids of what is taken away, in the order of the same seeds.
+# losses, the run_ids of what is taken away, in the order of the same seeds. The run of another study is named study/run_id.
 COLUMNS = ("part", "effect", "low", "high", "low_90", "high_90", "p", "unit", "seeds", "runs", "base_runs")
 TIMED = ("norms", "decoding")  # studies that time code and train nothing: their effects have no run_ids
 TIMINGS = "timings.json"  # where these keep what they timed
@@ -66,11 +67,19 @@ class Part:
         return "refuted" if _within(row.low, row.high, self.refuted) and _told(row, self.refuted) else "undecided"
 
     def seeds_to_decide(self, row: pd.Series) -> float:
-        """How many seeds would bring the interval to one side of the nearest bound, were the effect what it seems."""
-        ends = [end for end in (*self.supported, *(self.refuted or ())) if end is not None]
-        distance = min(abs(row.effect - end) for end in ends)
-        half = 0.5 * (row.high - row.low)
-        return math.inf if distance == 0 else float(np.ceil(row.seeds * (half / distance) ** 2))
+        """How many seeds would decide it, were the effect what it seems: those that bring the interval within the bounds that
+        the effect lies in, of which two sets may overlap (the sooner counts), and p below 5 % where the rule asks for that.
+        Infinite where the effect lies on a bound."""
+        effect, wide = row.effect, 0.5 * (row.high - row.low)
+        inside = _within(effect, effect, self.supported)
+        ways = [(self.supported, wide if self.level == 95 else 0.5 * (row.high_90 - row.low_90))] if inside else []
+        if self.refuted is None and not inside:
+            ways.append((self.supported, wide))  # refuted is everywhere else
+        elif self.refuted is not None and _within(effect, effect, self.refuted):
+            ways.append((self.refuted, wide))
+        return min(
+            (float(np.ceil(row.seeds * _shrink(row, bounds, half) ** 2)) for bounds, half in ways), default=math.inf
+        )
 
 
 def _within(low: float, high: float, bounds: Bounds) -> bool:
@@ -81,6 +90,17 @@ def _within(low: float, high: float, bounds: Bounds) -> bool:
 def _told(row: pd.Series, bounds: Bounds) -> bool:
     """Where a bound is zero, a corrected p must agree that the effect is not zero."""
     return not (0 in bounds and math.isfinite(row.p)) or row.p < 0.05
+
+
+def _shrink(row: pd.Series, bounds: Bounds, half: float) -> float:
+    """By how much the errors of a row must shrink for an interval of this half width to keep clear of the bounds, and for a
+    corrected p to agree where one is asked for."""
+    distance = min(abs(row.effect - end) for end in bounds if end is not None)
+    needed = half / distance if distance else math.inf
+    if not _told(row, bounds):
+        sure = stats.norm.isf(row.p / 2)
+        needed = max(needed, stats.norm.isf(0.025) / sure if sure > 0 else math.inf)
+    return needed
 
 
 @dataclass(frozen=True)
@@ -499,16 +519,18 @@ class Verdict:
     runs: list[str]
 
     def row(self) -> dict:
-        """The verdict in one row: number, title, sentence, verdict, parts, seeds, sizes, corpus, sealed, rule, runs."""
+        """The verdict in one row: number, title, sentence, verdict, parts, seeds, sizes, corpus, sealed, rule, runs,
+        and the first effect that speaks for the verdict in words."""
         parts = self.parts[self.parts.decides]
         sizes = parts[["params_low", "params_high"]].dropna()
+        drawn = parts[parts.low < parts.high]  # no luck in what is exact
         return {
             "claim": self.claim.number, "title": self.claim.title, "sentence": self.claim.sentence, "verdict": self.verdict,
             "supported": int((parts.verdict == "supported").sum()), "refuted": int((parts.verdict == "refuted").sum()),
-            "undecided": int((parts.verdict == "undecided").sum()), "seeds": int(parts.seeds.min()),
+            "undecided": int((parts.verdict == "undecided").sum()), "seeds": int((drawn if len(drawn) else parts).seeds.min()),
             "smallest": sizes.params_low.min(), "largest": sizes.params_high.max(),
             "corpus": ", ".join(sorted({name for names in parts.corpus for name in names.split(", ") if name})),
-            "sealed": self.sealed, "rule": self.claim.hash, "runs": len(self.runs),
+            "sealed": self.sealed, "rule": self.claim.hash, "runs": len(self.runs), "effect": _words_of(self),
         }  # fmt: skip
 
 
@@ -535,7 +557,7 @@ def judge(root: Path, claims: Iterable[Claim] = CLAIMS) -> list[Verdict]:
         raise LabError(
             "A verdict needs every record that its rule names",
             "; ".join(missing),
-            f"run what is missing of {', '.join(studies)}, or judge other claims with -p claims",
+            f"run what is missing of {', '.join(studies)}, or judge other claims with -p numbers",
         )
     return [_judge_one(root, claim, seen) for claim in claims]
 
@@ -582,7 +604,8 @@ def _records(folder: Path, part: Part, row: pd.Series) -> dict[str, dict]:
         raise LabError("An effect names the runs behind it", f"{folder.name}: {part.name!r}", "run the study again")
     records = {}
     for name in (*ids[0], *ids[1]):
-        path = folder / "runs" / f"{name}.json"
+        study, _, own = name.rpartition("/")
+        path = (folder.parent / study if study else folder) / "runs" / f"{own}.json"
         if not path.exists():
             raise LabError(
                 "A verdict needs every record behind it", f"no {within_repository(path)}, for {part.name!r}",
@@ -660,16 +683,18 @@ def _read_compute_scaling(root: Path) -> list[dict]:
     half = stats.norm.ppf(0.975) * float(np.hypot(*spread)) / step
     rows.append(effects_row("exponent of loss at the top", top, top - half, top + half, **rest))
     inside = minima[minima.inside.astype(bool)]
-    rise = 1 - np.exp(inside.curvature.to_numpy(float) * math.log(2) ** 2)
-    rows.append(_t_row("perplexity at fixed compute", rise, unit="share", runs=ids))
+    nats = inside.curvature.to_numpy(float) * math.log(2) ** 2  # what twice the best size costs at equal compute
+    rows.append(_t_row("perplexity at fixed compute", 1 - np.exp(nats), unit="share", runs=ids))
+    rows.append(_t_row("loss at fixed compute", -nats / inside.loss_min.to_numpy(float), unit="share", runs=ids))
     rows += _products(runs, ids)
     batches = _table(root, study, "batches")
+    tried = [*ids, *_family_runs(root, study, ("batches",)).run_id]
     for words, group in (("half", batches[batches.factor < 1]), ("twice", batches[batches.factor > 1])):
         if len(group):
             mean, width = group.difference.mean(), ((group.high - group.low) / 2).mean() / math.sqrt(len(group))
             narrow = width * stats.norm.ppf(0.95) / stats.norm.ppf(0.975)
             ends = (mean - width, mean + width, mean - narrow, mean + narrow)
-            rows.append(effects_row(f"{words} the batch at equal tokens", mean, *ends, runs=ids))
+            rows.append(effects_row(f"{words} the batch at equal tokens", mean, *ends, runs=tried))
     there = (root / "ablations" / "tables" / "effects.csv").exists()
     return rows + (_gains(root, ids) if there else [])
 
@@ -720,15 +745,16 @@ def _gains(root: Path, ids: list[str], draws: int = 1000) -> list[dict]:
         value, drawn = (scaling.evaluate_law(fit.form, p, *columns) for p in (fit.params, fit.samples))
         return float(value[0] - value[1]), drawn[:, 0] - drawn[:, 1]
 
-    def less(part: str, one: tuple[float, np.ndarray], other: tuple[float, np.ndarray]) -> dict:
+    def less(part: str, one: tuple[float, np.ndarray], other: tuple[float, np.ndarray], runs: list[str] = ids) -> dict:
         picks = [rng.choice(values, draws) for _, values in (one, other)]
-        return drawn_row(part, one[0] - other[0], picks[0] - picks[1], runs=ids)
+        return drawn_row(part, one[0] - other[0], picks[0] - picks[1], runs=runs)
 
     rows = []
     for place, row in places.iterrows():
         N, D, C = row.params_total, row.tokens_seen, row.flops
         choice = ablations.loc[f"{place}: largest choice"]
         error = (choice.high - choice.low) / (2 * stats.norm.ppf(0.975))
+        both = [*ids, *(f"ablations/{name}" for name in choice.runs.split())]
         architecture = choice.effect, choice.effect + error * rng.standard_normal(draws)
 
         def gains(low: float, high: float, N: float = N, D: float = D, C: float = C) -> dict:
@@ -741,18 +767,30 @@ def _gains(root: Path, ids: list[str], draws: int = 1000) -> list[dict]:
             return found
 
         wide, double = gains(0.25, 4.0), gains(1.0, 2.0)
-        rows += [less(f"{place}: {what} less architecture", gain, architecture) for what, gain in wide.items()]
+        rows += [less(f"{place}: {what} less architecture", gain, architecture, both) for what, gain in wide.items()]
         (more, drawn), (larger, drawn_too) = double["data"], double["parameters"]  # of one surface: draw by draw
         rows.append(drawn_row(f"{place}: data less parameters", more - larger, drawn - drawn_too, runs=ids))
         if "compute" in double:
             rows.append(less(f"{place}: parameters less compute", double["parameters"], double["compute"]))
-            rows.append(less(f"{place}: a doubling of compute less architecture", double["compute"], architecture))
+            rows.append(
+                less(f"{place}: a doubling of compute less architecture", double["compute"], architecture, both)
+            )
     return rows
 
 
 READERS: dict[str, Callable[[Path], list[dict]]] = {
     "compute_scaling": _read_compute_scaling,
     "model_scaling": _read_model_scaling,
+}
+
+
+# What stands below the table of a claim, of the same readers, without being part of its rule.
+BESIDE = {
+    8: {
+        "compute_scaling": {
+            "loss at fixed compute": "one less the loss of twice the best size over that of the best, at equal compute"
+        }
+    }
 }
 
 
@@ -842,9 +880,35 @@ class Claims:
             "and how many seeds would decide it, were the effect what it seems", part="", effect="+.4f", interval="", unit="",
             holds="", verdict="", decides="", seeds="d", more_seeds="", study="",
         )  # fmt: skip
+        for study, beside in BESIDE.get(claim.number, {}).items():
+            table = evidence(self.root, study).set_index("part")
+            told = "; ".join(
+                f"{about}: {row.effect:+.4f} {row.unit} ({_span(row)})"
+                for name, about in beside.items()
+                for row in [table.loc[name]]
+            )
+            self.report.text(f"Beside the rule, {told}. Bits per byte go as the loss.")
 
     def end(self) -> None:
+        """Where each study stands, how this was made, and the files."""
+        studies = dict.fromkeys(study for claim in self.claims for study in claim.studies)
+        pages = [(study, self.root / study / "README.md") for study in studies]
+        links = ", ".join(f"[{s}]({os.path.relpath(page, self.folder)})" if page.exists() else s for s, page in pages)
+        self.report.section("How this was made")
+        self.report.text(
+            f"From what these studies measured: {links}. The last section of each has the command that measures it anew; what it "
+            "measured is judged again by "
+            + (
+                "`tinylm study claims --preset smoke`."
+                if self.settings.preset == "smoke"
+                else f"`tinylm study claims -p evidence {within_repository(self.root)}"
+                + (f" -p numbers {','.join(f'{n:g}' for n in self.settings.numbers)}" if self.settings.numbers else "")
+                + "`."
+            )
+        )
         path = self.report.write()
+        if self.folder.parent == repository() / "results":
+            contents.write(self.folder.parent)
         print(f"report: {within_repository(path)}")
 
 
@@ -866,10 +930,11 @@ def _seeds_words(row: tuple) -> str:
 
 
 def _words_of(verdict: Verdict) -> str:
-    """The deciding parts in one line: the closest call of them."""
+    """The first of the deciding parts that speak for the verdict, in words, and how many more do."""
     parts = verdict.parts[verdict.parts.decides & (verdict.parts.verdict == verdict.verdict)]
     row = next(parts.itertuples())
-    more = f" ({len(parts) - 1} more parts alike)" if len(parts) > 1 else ""
+    others = len(parts) - 1
+    more = f" (and {others} more part{'s' * (others > 1)} alike)" if others else ""
     return f"{row.part}: {row.effect:+.3f} {row.unit} ({_span(row)}){more}."
 
 

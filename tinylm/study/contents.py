@@ -65,16 +65,22 @@ def _verdicts(folder: Path, link: str) -> str:
         rows = pd.read_csv(folder / "tables" / "verdicts.csv").to_dict("records")
         parts = [f"{row['supported']} of {row['supported'] + row['refuted'] + row['undecided']}" for row in rows]
         lines = [
-            f"| {row['claim']} | {row['sentence']} | **{row['verdict']}** | {part} | {row['seeds']} | {row['corpus']} |"
+            f"| {row['claim']} | {row['sentence']} | **{row['verdict']}** | {row['effect']} | {part} | {row['seeds']} | "
+            f"{row['corpus']} | {row['sealed']} |"
             for row, part in zip(rows, parts, strict=True)
         ]
     except (OSError, KeyError, ValueError):
         return ""
     told = (
-        "What the design says, tried: the verdict of a rule that was written down beforehand, how many of its comparisons hold, "
-        f"the fewest seeds behind one, and the text. Effects with their intervals are in the [report]({link}/README.md)."
+        "What the design says, tried: the verdict of a rule, the first effect that speaks for it with its 95 % interval, how many "
+        "of its comparisons hold, the fewest seeds behind one (rounds where something was timed, 1 where a law was fitted), the "
+        "text, and whether the rule was sealed before its data or after some of them, by people who could have seen them. All "
+        f"effects and rules are in the [report]({link}/README.md)."
     )
-    heads = "| | claim | verdict | comparisons that hold | seeds | text |\n| ---: | :--- | :--- | :--- | ---: | :--- |"
+    heads = (
+        "| | claim | verdict | effect | comparisons that hold | seeds | text | rule sealed |\n"
+        "| ---: | :--- | :--- | :--- | :--- | ---: | :--- | :--- |"
+    )
     return f"{told}\n\n{heads}\n" + "\n".join(lines)
 
 

@@ -112,7 +112,7 @@ def effects(
     table["verdict"] = [_told(row, margin, alpha) for row in table.itertuples()]
     family = alpha / max(1, int(table.primary.sum()))
     table["more_seeds"] = [
-        0 if row.verdict != "undecided" else _seeds_to_decide(row.difference, pooled, margin, family, alpha)
+        0 if row.verdict != "undecided" else _seeds_to_decide(row, pooled, margin, family, alpha)
         for row in table.itertuples()
     ]
     return table
@@ -133,6 +133,16 @@ def pooled_spread(pairs: dict[str, pd.Series]) -> tuple[float, float]:
     return float(np.sqrt(squares / np.trace(shared))), squares**2 / float((shared * covariance**2).sum())
 
 
+def half_width(errors: Sequence[float], freedoms: Sequence[float], level: float = 0.95) -> float:
+    """Half the width of the interval of a sum or a difference of independent means with these standard errors and degrees of
+    freedom, by Welch (1947): with a handful of seeds 1.96 errors would be too few."""
+    squares = np.square(np.asarray(errors, float))
+    if not squares.sum() > 0:
+        return float(squares.sum())
+    freedom = squares.sum() ** 2 / (squares**2 / np.asarray(freedoms, float)).sum()
+    return float(np.sqrt(squares.sum()) * stats.t.ppf(0.5 * (1 + level), freedom))
+
+
 def holm(p: pd.Series) -> pd.Series:
     """p-values with Holm's correction (1979): to be held against the level as they are."""
     ordered = p.sort_values()
@@ -150,12 +160,22 @@ def _told(row: tuple, margin: float, alpha: float) -> str:
     return "undecided"
 
 
-def _seeds_to_decide(difference: float, sd: float, margin: float, family: float, alpha: float) -> int:
-    """Seeds after which a difference of this size would be told from zero, or be shown to be equal, whichever is sooner."""
-    distances = [abs(difference) / stats.norm.isf(family / 2)]
-    if abs(difference) < margin:
-        distances.append((margin - abs(difference)) / stats.norm.isf(alpha))
-    return int(np.ceil((sd / max(distances)) ** 2)) if sd > 0 else 2
+def _seeds_to_decide(row: tuple, sd: float, margin: float, family: float, alpha: float) -> int:
+    """Seeds, more than there are, after which the difference of a row would be told from zero, or be shown to be equal,
+    whichever is sooner; its degrees of freedom grow as the seeds do."""
+    size, seeds = abs(row.difference), row.seeds + 1
+
+    def decides(seeds: int) -> bool:
+        error, freedom = sd / np.sqrt(seeds), row.freedom * (seeds - 1) / max(1, row.seeds - 1)
+        return size > error * stats.t.isf(family / 2, freedom) or margin - size > error * stats.t.isf(alpha, freedom)
+
+    if not sd > 0:
+        return seeds
+    distances = size / stats.norm.isf(family / 2), (margin - size) / stats.norm.isf(alpha)
+    seeds = max(seeds, int(np.ceil((sd / max(distances)) ** 2)))  # Student's quantile asks for some more
+    while not decides(seeds):
+        seeds += 1 + seeds // 100
+    return seeds
 
 
 # --------------------------------------------------------------------------------------------------------------------- power

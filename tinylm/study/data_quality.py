@@ -746,4 +746,4 @@ class DataQuality(SectionStudy):
         axes[0].legend()
 
     def end(self) -> None:
-        self.finish([self.tuned, self.seeded])
+        self.finish([self.tuned, self.seeded], ("place", "reads"))

@@ -551,7 +551,7 @@ class Extrapolation(SectionStudy):
             f"Training took {duration(spent)} of one core for {quantity(self.seeded.flops.sum() + self.tuned.flops.sum())} FLOPs. "
             "What was scored of each model is kept in [scores](scores), a JSON file a model; the models were not."
         )
-        self.finish([self.tuned, self.seeded])
+        self.finish([self.tuned, self.seeded], ("position",))
 
 
 def _by_size(ax: object) -> None:

@@ -640,7 +640,8 @@ class Hyperparameters(OneAtATime):
         self.report.text(
             f"The baseline is the recipe at the small place of the ablations: {base.model.hidden_size} x "
             f"{base.model.num_layers}, {quantity(total)} parameters, {self.preset.flops:.3g} FLOPs, in fp32. One knob is turned "
-            "at a time, a quarter and four times of the baseline's value where it is a number, and everything else stays; where "
+            "at a time, a quarter and four times of the baseline's value where it is a number, or what a model can have that comes "
+            "nearest, and everything else stays; where "
             "that changes what a step costs, the number of steps changes so that the FLOPs stay, and warm-up keeps its share. "
             f"{self.preset.seeds} seeds each, the same for all; the baseline's learning rate was chosen on another."
         )
@@ -890,7 +891,7 @@ class Hyperparameters(OneAtATime):
             self.findings.append(f"{row.part}: {row.effect:+.3f} nats ({interval(row.low, row.high, '+.3f')}).")
 
     def end(self) -> None:
-        self.finish([self.tuned, self.measured, self.judged])
+        self.finish([self.tuned, self.measured, self.judged], ("knob", "value"))
 
 
 def _plainly(value: object) -> str:

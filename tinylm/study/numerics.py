@@ -307,7 +307,8 @@ class Numerics(OneAtATime):
         costs = ", ".join(f"{row.difference:+.3f} at width {row.hidden_size}" for row in fixed.itertuples())
         self.findings.append(f"A fixed init_std of 0.02 costs, against the start that knows the width (nats): {costs}.")
         self.findings.append(
-            f"The worst start is {worst.init} {worst.init_std:g} at width {worst.hidden_size}: {worst.difference:+.3f} nats."
+            f"The worst start {'that ended ' if (table.failed == 1).any() else ''}is {worst.init} {worst.init_std:g} at width "
+            f"{worst.hidden_size}: {worst.difference:+.3f} nats.{_lost(table)}"
         )
 
     def show_scales(self) -> None:
@@ -331,11 +332,7 @@ class Numerics(OneAtATime):
                 "95 % interval", variant="", runs="d", failed=".0%", loss=".3f", difference="+.4f", low="+.4f", high="+.4f",
                 verdict="",
             )  # fmt: skip
-            worst = table.loc[table.difference.idxmax()]
-            self.findings.append(
-                f"{part} at {worst.variant} changes the loss by {worst.difference:+.3f} nats "
-                f"({interval(worst.low, worst.high, '+.3f')}), the most of those tried."
-            )
+            self.findings.append(_most(part, table))
         self.report.figure(
             "scales", "Differences to the baseline with 95 % intervals",
             lambda axes: [_draw_scale(part, table, ax) for (part, table), ax in zip(tables.items(), axes, strict=True)],
@@ -343,7 +340,24 @@ class Numerics(OneAtATime):
         )  # fmt: skip
 
     def end(self) -> None:
-        self.finish([self.tuned, self.measured])
+        self.finish([self.tuned, self.measured], ("knob", "value"))
+
+
+def _most(part: str, table: pd.DataFrame) -> str:
+    """What changes the loss most, up or down, in words; and what no run bore."""
+    known = table[table.difference.notna()]
+    if known.empty:
+        return f"{part}: no difference can be told.{_lost(table)}"
+    most = known.loc[known.difference.abs().idxmax()]
+    return (
+        f"{part} at {most.variant} changes the loss by {most.difference:+.3f} nats "
+        f"({interval(most.low, most.high, '+.3f')}), the most of those tried{' that ended' if _lost(table) else ''}.{_lost(table)}"
+    )
+
+
+def _lost(table: pd.DataFrame) -> str:
+    names = table.variant[table.failed == 1]
+    return f" Every run diverged at {', '.join(names)}." if len(names) else ""
 
 
 def kept_for_backward(setting: Setting) -> int:

@@ -38,6 +38,7 @@ HEADINGS = {
     "seed_sd": "sd of seeds",
     "params_total": "parameters",
     "unique_tokens": "distinct tokens",
+    "more_seeds": "seeds that would decide",
 }
 
 

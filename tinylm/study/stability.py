@@ -463,7 +463,7 @@ class Stability(SectionStudy):
         write_table(self.folder / "tables" / "effects.csv", effects)
 
     def end(self) -> None:
-        self.finish([self.frame])
+        self.finish([self.frame], ("norm_position", "warmup"))
 
 
 # ------------------------------------------------------------------------------------------------------------------ the rule

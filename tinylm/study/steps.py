@@ -102,13 +102,14 @@ class Study:
         origin = facts["provenance"]
         own = origin["source"].startswith("own")
         source = "" if own else f"{origin['source']}; licence: {origin['licence']}"
+        scored = getattr(self.preset, "eval_tokens", TrainConfig().eval_tokens)
         self.report.section("The text")
         self.report.text(
             f"**{facts['name']}**, {total / 1e6:.1f} MB{f' ({source})' if source else ''}. Of it {split['train'] / total:.0%} "
             f"train the models, {split['val'] / total:.0%} judge them, and the rest is kept for a last test; the parts are "
             f"contiguous blocks. A {self.data.tokenizer} tokenizer of {self.settings.vocab_size} pieces, trained on the "
             f"training part alone, cuts it into {quantity(tokens['train'])} training tokens of "
-            f"{split['train'] / tokens['train']:.2f} bytes each. Loss is in nats per token over {TrainConfig().eval_tokens:,} "
+            f"{split['train'] / tokens['train']:.2f} bytes each. Loss is in nats per token over {scored:,} "
             f"tokens of the validation part at most, the same for every run; a guess at random would lose "
             f"{math.log(self.settings.vocab_size):.2f}."
         )
@@ -255,8 +256,9 @@ class Study:
                 f"Prompt `{prompt!r}`, temperature {config.temperature}, top_p {config.top_p}:\n\n```text\n{text}\n```"
             )
 
-    def finish(self, frames: list[pd.DataFrame]) -> None:
-        """The table of all runs, how it was made, and the report's first lines."""
+    def finish(self, frames: list[pd.DataFrame], also: tuple[str, ...] = ()) -> None:
+        """The table of all runs, how it was made, and the report's first lines. also: columns of that table that say what a run
+        stands for in this study."""
         runs = pd.concat(frames).drop_duplicates("run_id").sort_values(["flops", "run_id"])
         columns = [
             "run_id",
@@ -279,7 +281,7 @@ class Study:
             "val_loss",
             "val_bpb",
         ]
-        write_table(self.folder / "tables" / "runs.csv", runs[columns])
+        write_table(self.folder / "tables" / "runs.csv", runs[[*columns, *also]])
         arithmetic = (Folder(self.folder).shared("arithmetic") or {}).get("machine", {})
         self.report.section("How this was made")
         self.report.text(
