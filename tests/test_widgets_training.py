@@ -171,6 +171,51 @@ def test_a_paused_run_can_be_given_up(slow):
     assert not list(slow.results_dir.rglob("*.safetensors"))
 
 
+def test_a_pause_at_once_keeps_the_place_too(slow):
+    slow.knobs["max_steps"].value = 60
+    with training.MACHINE:  # another training is going on: this one has not begun
+        slow.start()
+        slow.pause()
+        assert slow.wait(5) and "paused after step 0" in words(slow.status) and not slow.resume_button.disabled
+    slow.resume()
+    until(lambda: slow.live.step > 3)
+    slow.pause()
+    assert slow.wait(5)
+    at = slow.live.step
+    with training.MACHINE:
+        slow.resume()
+        slow.pause()  # before it goes on
+        assert slow.wait(5) and f"paused after step {at}" in words(slow.status)
+    assert list(slow.results_dir.rglob("*.safetensors")), "what had been learned was thrown away"
+    slow.resume()
+    assert slow.wait(30) and "val_loss" in words(slow.status)
+    slow.knobs["seed"].value = 1
+    with training.MACHINE:
+        slow.start()
+        slow.pause()
+        assert slow.wait(5)
+    slow.stop()  # a run that never began is given up
+    assert "given up after step 0" in words(slow.status) and not slow.train_button.disabled
+
+
+@pytest.mark.parametrize("is_paused", [True, False], ids=["paused", "running"])
+def test_the_cell_run_again_ends_a_run_and_keeps_what_it_learned(slow, is_paused):
+    slow.knobs["max_steps"].value = 60
+    slow.start()
+    until(lambda: slow.live.step > 3)
+    if is_paused:
+        slow.pause()
+        assert slow.wait(5)
+    slow.close()
+    assert slow.wait(5)
+    at = slow.live.step
+    again = training.LiveRun(slow.live.run, slow.results_dir)  # the same settings, trained again
+    steps = []
+    again.train(lambda: bool(steps.append(again.step)), lambda _: None, lambda: steps.append(again.step))
+    assert again.record["status"] == "finished"
+    assert min(step for step in steps if step) >= at > 3
+
+
 def test_an_error_is_told_in_words(panel, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(training.LiveRun, "train", lambda *given: 1 / 0)

@@ -91,6 +91,11 @@ class LiveRun:
             self.folder.clear_checkpoint(self._task.run_id)
 
     @property
+    def step(self) -> int:
+        """Steps done so far."""
+        return self.trainer.step if self.trainer is not None else 0
+
+    @property
     def curve(self) -> list[dict]:
         """The points so far, each as ``TrainResult.curve`` has them."""
         if self.record is not None:

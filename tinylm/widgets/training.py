@@ -196,7 +196,8 @@ class TrainingPanel(Panel):
             )
             self.train_button.disabled = True
             return
-        self.train_button.disabled = self.is_running or self._is_paused
+        with self._lock:  # facts are told from a thread too, and Train may be pressed meanwhile
+            self.train_button.disabled = self.is_running or self._is_paused
         parts = counts.parameters(run.model)
         tokens = run.train.max_steps * run.train.windows_per_step * run.train.resolve(run.model).seq_len
         seconds = self._seconds(run, tokens)
@@ -240,6 +241,7 @@ class TrainingPanel(Panel):
         except LabError as error:
             self._complain(error)
             return
+        self._wants_pause = False
         self.begin(self._train)
 
     def pause(self) -> None:
@@ -254,7 +256,7 @@ class TrainingPanel(Panel):
     def resume(self) -> None:
         """Go on where ``pause`` ended, bit for bit."""
         if self._is_paused:
-            self._is_paused = False
+            self._is_paused = self._wants_pause = False
             self.live.record = None
             self.begin(self._train)
 
@@ -267,8 +269,14 @@ class TrainingPanel(Panel):
         elif self._is_paused:
             self._is_paused = False
             self.live.discard()
-            self._say(f"given up after step {self.live.trainer.step:,}")
+            self._say(f"given up after step {self.live.step:,}")
             self.ready(True)
+
+    def make_room(self) -> None:
+        """End the run, if one is going on, as ``pause`` does: its checkpoint stays, and the same run goes on from there when
+        it is trained again."""
+        if self.is_running:
+            self.pause()
 
     def ready(self, is_ready: bool) -> None:
         self.train_button.disabled = not is_ready or self._is_paused
@@ -288,18 +296,17 @@ class TrainingPanel(Panel):
 
     def _train(self) -> str:
         """The body of the thread: one run, or as much of it as was asked for."""
-        live, self._wants_pause = self.live, False
+        live = self.live
         ticking = threading.Thread(target=self._tick, args=(live,), daemon=True)
         ticking.start()
         record = live.train(self.is_stopping, self._progress, self._point)
         if record is None or record["status"] == "stopped":
-            steps = 0 if record is None else record["steps"]
             if self._wants_pause:
-                self._is_paused = record is not None
-                return f"paused after step {steps:,} of {live.run.train.max_steps:,}"
+                self._is_paused = True
+                return f"paused after step {live.step:,} of {live.run.train.max_steps:,}"
             live.discard()
             self.redraw()
-            return f"stopped after step {steps:,} of {live.run.train.max_steps:,}; nothing of it is kept"
+            return f"stopped after step {live.step:,} of {live.run.train.max_steps:,}; nothing of it is kept"
         self._records[record["run_id"]] = record
         self._offer_runs(record["run_id"])
         self._show_samples()
