@@ -130,6 +130,8 @@ def test_a_run_is_trained_recorded_and_compared(panel):
     panel.start()
     assert panel.wait(30)
     assert [label for label, _ in panel.compare.options] == ["mlp relu", "mlp swiglu"]
+    other = {**record, "run_id": "other", "data": {**record["data"], "text": "/somewhere/verse.txt"}}
+    assert training.labels_of([record, other]) == {record["run_id"]: "text lines.txt", "other": "text verse.txt"}
     again = widgets.training_panel(panel.text, panel.results_dir)
     assert {record["run_id"] for record in again.records()} == {record["run_id"] for record in panel.records()}
     again.close()

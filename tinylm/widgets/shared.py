@@ -202,6 +202,15 @@ def _is_same(one: object, other: object) -> bool:
     return one is other or (isinstance(one, str) and one == other)
 
 
+def take_machine(is_stopping: Callable[[], bool], say: Callable[[str], None]) -> bool:
+    """Wait for ``MACHINE``, which the caller releases; False where a stop came first."""
+    while not MACHINE.acquire(timeout=0.1):
+        say("waiting for another training in this kernel …")
+        if is_stopping():
+            return False
+    return True
+
+
 def running_cell() -> tuple[str | None, str | None]:
     """Which notebook cell is running, and which run of it; None outside a kernel or where the page does not say."""
     kernel = getattr(get_ipython(), "kernel", None)

@@ -473,7 +473,15 @@ def heads_below(num_heads: int) -> list[int]:
 
 def labels_of(records: list[dict]) -> dict[str, str]:
     """A short name for each record by run_id: its own label, else in what it differs from the others."""
-    flat = {r["run_id"]: {**r["model"], **r["train"], "tokenizer": r["data"]["tokenizer"]} for r in records}
+    flat = {
+        r["run_id"]: {
+            "text": Path(r["data"]["text"]).name,
+            "tokenizer": r["data"]["tokenizer"],
+            **r["model"],
+            **r["train"],
+        }
+        for r in records
+    }
     quiet = {
         "intermediate_size",
         "attention_scale",
