@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 import threading
 import time
@@ -12,6 +13,8 @@ import pytest
 from tinylm import counts, widgets
 from tinylm.config import ModelConfig, TrainConfig
 from tinylm.study import runs
+from tinylm.study.parameters import repository
+from tinylm.study.planner import Evidence
 from tinylm.widgets import training
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -79,6 +82,23 @@ def test_costs_are_told_before_training_and_follow_the_knobs(panel):
     before = words(panel.facts)
     panel.knobs["max_steps"].value = 4000
     assert words(panel.facts) != before and training.memory_estimate(panel.run.model, panel.run.train) > 0
+
+
+def test_a_law_of_the_text_says_what_it_expects_and_of_what(panel, monkeypatch):
+    law = json.loads((repository() / "results" / "quickstart" / "tables" / "law.json").read_text(encoding="utf-8"))
+    evidence = Evidence.from_dict(law)
+    monkeypatch.setattr(training, "evidence_for", lambda run: (evidence, "a study"))
+    panel._law.clear()
+    panel.knobs["max_steps"].value = 50
+    until(lambda: panel._drawer is None)
+    run = panel.run
+    tokens = run.train.max_steps * run.train.windows_per_step * run.train.resolve(run.model).seq_len
+    loss = evidence.surface.predict(counts.parameters(run.model)["total"], tokens)["loss"].iloc[0]
+    assert re.search(rf"law of a study expects a loss of\s+{loss:.3f}", words(panel.facts))
+    assert "its own recipe" in words(panel.facts) and "far beyond" not in words(panel.facts)
+    panel.knobs["hidden_size"].value, panel.knobs["max_steps"].value = 512, 1e5
+    assert "far beyond the evidence" in words(panel.facts)
+    until(lambda: panel._drawer is None, 60)  # it measures so large a model
 
 
 def test_impossible_combinations_cannot_be_set_and_say_why(panel):

@@ -19,6 +19,7 @@ from tinylm.study import doctor, mistakes, plots, runs
 from tinylm.study.design import Recipe, isoflop_points
 from tinylm.study.mistakes import MISTAKES, Reading
 from tinylm.study.optima import LearningRateRule, learning_rate_rule
+from tinylm.study.planner import FAR
 from tinylm.study.runs import Run
 from tinylm.study.tables import ROLES, read_runs
 from tinylm.widgets.live import LiveRun, labs_folder
@@ -314,7 +315,7 @@ class LawsPanel(Panel):
                 f"Price: {duration(plan.flops / speed)} at the best speed among these runs ({quantity(speed)} FLOP/s)."
             )
         largest = float(self.reading.points["flops"].max())
-        if plan.flops > 30 * largest:
+        if plan.flops > FAR * largest:
             lines.append(f"That is {plan.flops / largest:,.0f} times the largest run here: far beyond the evidence.")
         self.plan.value = f"<div class='tinylm-plan' style='{SMALL}'>{'<br>'.join(lines)}</div>"
 

@@ -20,7 +20,7 @@ from tinylm.config import DataConfig, ModelConfig, TrainConfig
 from tinylm.errors import LabError
 from tinylm.model import TinyLM
 from tinylm.study.design import Recipe
-from tinylm.study.planner import Evidence, Speed, evaluation_tokens, measure_speed
+from tinylm.study.planner import FAR, Evidence, Speed, evaluation_tokens, measure_speed
 from tinylm.study.runs import Run
 from tinylm.tokenizer import Tokenizer
 from tinylm.train import learning_rate_at
@@ -215,9 +215,12 @@ class TrainingPanel(Panel):
         law = self._law.get(_law_key(run))
         if law is not None:
             expected = law[0].surface.predict(parts["total"], tokens, seed_sd=law[0].seed_sd).iloc[0]
+            reach = run.flops / law[0].largest_flops
             lines.append(
                 f"The law of {html.escape(law[1])} expects a loss of <b>{expected['loss']:.3f}</b> "
-                f"[{expected['low']:.3f}, {expected['high']:.3f}] nats per token at the end."
+                f"[{expected['low']:.3f}, {expected['high']:.3f}] nats per token at the end, of its own recipe at its best "
+                "learning rate, reading no text twice."
+                + (f" That is {reach:,.0f} times its largest run: far beyond the evidence." if reach > FAR else "")
             )
         self.facts.value = f"<div class='tinylm-facts' style='{SMALL}'>{'<br>'.join(lines)}</div>"
 
