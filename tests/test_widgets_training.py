@@ -14,7 +14,7 @@ from tinylm import counts, widgets
 from tinylm.config import ModelConfig, TrainConfig
 from tinylm.study import runs
 from tinylm.study.parameters import repository
-from tinylm.study.planner import Evidence
+from tinylm.study.planner import Evidence, Speed
 from tinylm.widgets import training
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -82,6 +82,40 @@ def test_costs_are_told_before_training_and_follow_the_knobs(panel):
     before = words(panel.facts)
     panel.knobs["max_steps"].value = 4000
     assert words(panel.facts) != before and training.memory_estimate(panel.run.model, panel.run.train) > 0
+
+
+def test_the_time_told_is_that_of_the_threads_and_batch_chosen(panel, monkeypatch):
+    asked = []
+
+    def measure(configs, seconds, threads, batch, train):
+        asked.append((threads, batch, train.device))
+        sizes = tuple(float(counts.parameters(config)["total"]) for config in configs)
+        return Speed(sizes, (1e6 * batch * threads,) * len(sizes), threads)
+
+    monkeypatch.setattr(training, "measure_speed", measure)
+    panel._speeds.clear()
+    told = {}
+    for batch, threads in ((2, 1), (16, 1), (16, 2), (2, 1)):
+        panel.knobs["batch_size"].value, panel.knobs["threads"].value = batch, threads
+        until(lambda: panel._drawer is None)
+        tokens = panel.run.train.max_steps * batch * panel.run.train.resolve(panel.run.model).seq_len
+        seconds = panel._seconds(panel.run, tokens)
+        per_token = counts.train_flops_per_token(panel.run.model, panel.run.train.resolve(panel.run.model).seq_len)
+        assert seconds * 1e6 * batch * threads / per_token >= tokens
+        told[batch, threads] = seconds / tokens
+    assert told[2, 1] > told[16, 1] > told[16, 2]
+    assert {(2, 1, "cpu"), (16, 1, "cpu"), (16, 2, "cpu")} == {(b, t, d) for t, b, d in asked}
+
+
+def test_a_knob_moved_while_a_run_goes_on_gets_its_time_when_it_ends(slow):
+    slow.start()
+    until(lambda: slow.live.step > 1)
+    slow.knobs["batch_size"].value = 8
+    until(lambda: slow._drawer is None)
+    assert "measuring how long" in words(slow.facts)
+    slow.stop()
+    assert slow.wait(5)
+    until(lambda: "on this machine" in words(slow.facts))
 
 
 def test_a_law_of_the_text_says_what_it_expects_and_of_what(panel, monkeypatch):

@@ -205,7 +205,7 @@ def _is_same(one: object, other: object) -> bool:
 def take_machine(is_stopping: Callable[[], bool], say: Callable[[str], None]) -> bool:
     """Wait for ``MACHINE``, which the caller releases; False where a stop came first."""
     while not MACHINE.acquire(timeout=0.1):
-        say("waiting for another training in this kernel …")
+        say("waiting for another training or measurement in this kernel …")
         if is_stopping():
             return False
     return True

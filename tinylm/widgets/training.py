@@ -82,7 +82,7 @@ class TrainingPanel(Panel):
         self.text, self.results_dir = text, results_dir
         self.live: LiveRun | None = None
         self._wants_pause = self._is_paused = self._is_fitting = False
-        self._speed: Speed | None = None
+        self._speeds: dict[tuple, Speed] = {}  # by what decides it besides the size, see ``_speed_key``
         self._law: dict[tuple, tuple[Evidence, str] | None] = {}
         self._records = {record["run_id"]: record for record in read_curves(results_dir)}
         self.knobs = _knobs(text)
@@ -226,12 +226,18 @@ class TrainingPanel(Panel):
 
     def _seconds(self, run: Run, tokens: float) -> float | None:
         """How long the run takes at the speed measured for its size, evaluations included."""
-        if self._speed is None:
+        speed = self._speed_for(run)
+        if speed is None:
             return None
         total = counts.parameters(run.model)["total"]
         per_token = counts.train_flops_per_token(run.model, run.train.resolve(run.model).seq_len)
-        rate = self._speed({"params_total": total, "flops_per_token": per_token})
+        rate = speed({"params_total": total, "flops_per_token": per_token})
         return float((tokens + evaluation_tokens(tokens)) / rate)
+
+    def _speed_for(self, run: Run) -> Speed | None:
+        """What was measured for runs like this one; for steps too long to be tried, whatever was measured last."""
+        last = next(reversed(self._speeds.values()), None) if _is_long(run) else None
+        return self._speeds.get(_speed_key(run), last)
 
     # Training.
 
@@ -286,6 +292,8 @@ class TrainingPanel(Panel):
         self.pause_button.disabled = is_ready
         self.resume_button.disabled = not (is_ready and self._is_paused)
         self.stop_button.disabled = is_ready and not self._is_paused
+        if is_ready:
+            self.redraw()  # knobs may have moved meanwhile, and nothing is measured while a run goes on
 
     def model(self) -> tuple[TinyLM, Tokenizer]:
         """The last model that was trained here, and its tokenizer."""
@@ -401,15 +409,16 @@ class TrainingPanel(Panel):
         run = self.run
         if _law_key(run) not in self._law:
             self._law[_law_key(run)] = evidence_for(run)
-        total = float(counts.parameters(run.model)["total"])
-        a_step = run.flops / run.train.max_steps
-        known = self._speed is not None and min(abs(math.log(total / p)) for p in self._speed.params) < 0.2
-        if known or (a_step > 1e11 and self._speed is not None) or not MACHINE.acquire(blocking=False):
+        total, key = float(counts.parameters(run.model)["total"]), _speed_key(run)
+        before = self._speeds.get(key)
+        known = before is not None and min(abs(math.log(total / p)) for p in before.params) < 0.2
+        if known or (_is_long(run) and self._speeds) or not MACHINE.acquire(blocking=False):
             return
         try:
-            train = TrainConfig(precision="fp32", compile=False, batch_size=min(run.train.batch_size, 16))
-            speed = measure_speed([run.model], 0.2, run.train.threads or 1, train.batch_size, train)
-            self._speed = speed if self._speed is None else self._speed.joined(speed)
+            device, threads, batch = key
+            train = TrainConfig(precision="fp32", compile=False, device=device, batch_size=batch)
+            speed = measure_speed([run.model], 0.2, threads, batch, train)
+            self._speeds[key] = before.joined(speed) if before else speed
         finally:
             MACHINE.release()
 
@@ -463,6 +472,16 @@ class TrainingPanel(Panel):
             rate.axvline(live.trainer.step, color=GREY, linewidth=1)
         rate.set(xlabel="step", title="learning rate of this run", xlim=(0, c.max_steps), ylim=(0, None))
         rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+
+
+def _speed_key(run: Run) -> tuple[str, int, int]:
+    """Device, threads and windows a micro-step; beyond 16 of these the speed changes little."""
+    return run.train.device, run.train.threads or 1, min(run.train.batch_size, 16)
+
+
+def _is_long(run: Run) -> bool:
+    """Whether a step is too long to be tried for the sake of a number."""
+    return run.flops / run.train.max_steps > 1e11
 
 
 def _law_key(run: Run) -> tuple:
