@@ -67,6 +67,22 @@ def test_a_model_is_trained_on_it_and_speaks(panel):
     assert panel.model()[0].config.vocab_size == 320
 
 
+def test_a_text_that_was_edited_can_be_trained_on_again(panel):
+    panel.minutes.value = 0.1
+    panel.start()
+    assert panel.wait(60) and "bits/byte" in words(panel.status)
+    (old,) = runs.load_runs(panel.results_dir)["run_id"]
+    with open(panel.path.value, "a") as file:
+        file.write("And a line more.\n")
+    panel.look()
+    assert panel.wait(30)
+    panel.start()
+    assert panel.wait(60) and "bits/byte" in words(panel.status), words(panel.status)
+    folder = panel.live.folder.path
+    assert folder != panel.results_dir and folder.name in words(panel.status)
+    assert runs.load_runs(folder)["run_id"].tolist() != [old] == runs.load_runs(panel.results_dir)["run_id"].tolist()
+
+
 def test_a_file_that_is_none_is_told_in_words(panel):
     panel.path.value = ""  # that is Python's own manual
     panel.look()

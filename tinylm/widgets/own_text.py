@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from tinylm import corpora, counts, files
 from tinylm.config import DataConfig, TrainConfig
 from tinylm.corpora import Text
-from tinylm.errors import LabError
-from tinylm.study import glance
+from tinylm.errors import LabError, TextError
+from tinylm.study import glance, runs
 from tinylm.study.design import LADDER, Recipe
 from tinylm.study.planner import Speed, measure_speed
 from tinylm.study.runs import Run
@@ -217,14 +217,24 @@ class TextPanel(Panel):
 
     def start(self) -> None:
         """Train what the plan says, in the background; then the model speaks."""
+        if self.is_running:
+            return
         try:
             run = self.run
+            folder = self._folder_for(run)
         except LabError as error:
             self._complain(error)
             return
-        if not self.is_running:
-            self.live = LiveRun(run, self.results_dir, self._opening())
-            self.begin(self._train)
+        self.live = LiveRun(run, folder, self._opening())
+        self.begin(self._train)
+
+    def _folder_for(self, run: Run) -> Path:
+        """Where the run is recorded: beside ``results_dir``, where that one knows the file with other content."""
+        try:
+            runs.Folder(self.results_dir).check_own_text(run)
+        except TextError:
+            return self.results_dir.with_name(f"{self.results_dir.name}-{self.text.sha256[:8]}")
+        return self.results_dir
 
     def stop(self) -> None:
         super().stop()
@@ -265,7 +275,8 @@ class TextPanel(Panel):
         self.voice.start()
         return (
             f"val_loss {record['val_loss']:.3f} nats/token, {record['val_bpb']:.3f} bits/byte "
-            f"(LZMA: {self.glance.bits:.2f}), in {duration(record['seconds'])}; the model speaks below"
+            f"(LZMA: {self.glance.bits:.2f}), in {duration(record['seconds'])}; recorded in {live.folder.path.name}; "
+            "the model speaks below"
         )
 
     def _show_samples(self) -> None:
