@@ -19,6 +19,7 @@ SHAPES = [
     {"position": "learned", "tie_embeddings": False},
     {"norm_position": "post", "position": "sinusoidal"},
     {"position": "none", "dropout": 0.5},
+    {"qk_norm": True, "num_kv_heads": 2},
 ]
 
 
@@ -60,6 +61,11 @@ def test_loss_by_position_is_the_models_loss():
         assert mean.mean() == pytest.approx(model.loss(windows, targets).item(), abs=1e-5)
         first = F.cross_entropy(model(windows)[:, 0], targets[:, 0]).item()
     assert mean[0] == pytest.approx(first, abs=1e-5) and (error > 0).all()
+    few = tokens[: 8 * 3 + 1]  # three windows: the spread is an estimate, by two degrees of freedom
+    with torch.no_grad():
+        each = F.cross_entropy(model(windows[:3]).transpose(1, 2), targets[:3], reduction="none").numpy()
+    assert np.allclose(loss_by_position(model, few)[1], each.std(0, ddof=1) / 3**0.5, atol=1e-5)
+    assert np.isnan(loss_by_position(model, tokens[:9])[1]).all()  # one window tells of no spread
 
 
 def test_positions_are_alike_as_their_kind_has_it():

@@ -358,7 +358,7 @@ def test_laws_lab(lab, page, pictures):
     before, words = picture.get_attribute("src"), plan.inner_text()
     page.get_by_text("use one learning rate for all sizes").last.click()
     until(lambda: picture.get_attribute("src") != before and "mistakes cost" in plan.inner_text(), 60, "the walk")
-    page.wait_for_timeout(3000)  # the doctor's words follow
+    until(lambda: page.get_by_text("with 1 of the mistakes made").count(), 60, "the doctor's words, which come last")
     keep_picture(page, panel_of(page, plan), pictures / "05_read_the_laws.png")
     words, budget = plan.inner_text(), page.locator(".noUi-handle").first
     budget.focus()

@@ -55,6 +55,18 @@ def test_without_mistakes_the_law_is_found(frame):
     assert reading.minima["inside"].all()
 
 
+def test_what_a_forecast_or_a_plan_was_held_against_never_enters_a_fit(frame):
+    honest = mistakes.read(frame.assign(family="isoflop"), bootstrap=0)
+    apart = frame.iloc[[-1, 0, 4]].assign(family=["forecast", "promised", "batches"])
+    apart["val_loss"] -= 0.5
+    both = pd.concat([frame.assign(family="isoflop"), apart], ignore_index=True)
+    assert mistakes.kept_apart(both).sum() == 3 and not mistakes.kept_apart(frame).any()
+    for made in ((), ("mid-schedule", "one rate")):
+        seen, alone = (mistakes.read(runs, made, bootstrap=0) for runs in (both, frame))
+        assert len(seen.points) == len(alone.points) and seen.a == alone.a
+    assert honest.fit.params == mistakes.read(both, bootstrap=0).fit.params
+
+
 def test_each_mistake_moves_the_law(frame):
     honest = mistakes.read(frame, bootstrap=0)
     embeddings = mistakes.read(frame, ["non-embedding"], bootstrap=0)

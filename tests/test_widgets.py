@@ -10,9 +10,11 @@ import threading
 import time
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import torch
+from nbconvert import HTMLExporter
 
 from tinylm import decoding, widgets
 from tinylm.checkpoint import save_model
@@ -222,6 +224,11 @@ def test_saved_without_widgets_a_panel_is_a_picture(panel):
     bundle = panel._repr_mimebundle_()
     assert base64.b64decode(bundle["image/png"]) == panel.picture.value
     assert "application/vnd.jupyter.widget-view+json" in bundle
+    # As a page, which has no state of widgets to draw from.
+    shown = nbformat.v4.new_output("display_data", data=bundle)
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("panel", outputs=[shown])])
+    page, _ = HTMLExporter().from_notebook_node(notebook)
+    assert re.search(r'<img[^>]*src="data:image/png;base64,', page) and bundle["image/png"][:60] in page
 
 
 def token(text, probability, *alternatives):

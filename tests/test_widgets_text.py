@@ -13,7 +13,7 @@ import pytest
 from tinylm import widgets
 from tinylm.study import runs
 from tinylm.study.planner import Speed
-from tinylm.widgets import own_text
+from tinylm.widgets import own_text, shared
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -67,6 +67,22 @@ def test_a_model_is_trained_on_it_and_speaks(panel):
     assert panel.model()[0].config.vocab_size == 320
 
 
+def test_a_text_that_was_edited_can_be_trained_on_again(panel):
+    panel.minutes.value = 0.1
+    panel.start()
+    assert panel.wait(60) and "bits/byte" in words(panel.status)
+    (old,) = runs.load_runs(panel.results_dir)["run_id"]
+    with open(panel.path.value, "a") as file:
+        file.write("And a line more.\n")
+    panel.look()
+    assert panel.wait(30)
+    panel.start()
+    assert panel.wait(60) and "bits/byte" in words(panel.status), words(panel.status)
+    folder = panel.live.folder.path
+    assert folder != panel.results_dir and folder.name in words(panel.status)
+    assert runs.load_runs(folder)["run_id"].tolist() != [old] == runs.load_runs(panel.results_dir)["run_id"].tolist()
+
+
 def test_a_file_that_is_none_is_told_in_words(panel):
     panel.path.value = ""  # that is Python's own manual
     panel.look()
@@ -81,8 +97,40 @@ def test_an_upload_is_kept_and_looked_at(panel):
     name = "../my notes?.txt"
     panel.upload.value = ({"name": name, "type": "text/plain", "size": len(content), "content": memoryview(content),
                            "last_modified": datetime.datetime.now()},)  # fmt: skip
-    assert panel.path.value.endswith("uploads/my_notes_.txt") and panel.wait(30)
+    kept = Path(panel.path.value)
+    assert kept.name == "my_notes_.txt" and kept.parents[1].name == "uploads" and panel.wait(30)
     assert "my_notes_.txt" in words(panel.quality)
+    # The same name with other content is another text: what was trained on the first stays true, and it can be trained on.
+    panel.minutes.value = 0.1
+    for added in (b"", b"And another line at the end.\n" * 50):
+        panel.upload.value = ({"name": name, "type": "text/plain", "size": len(content + added),
+                               "content": memoryview(content + added), "last_modified": datetime.datetime.now()},)  # fmt: skip
+        assert panel.wait(30)
+        panel.start()
+        assert panel.wait(60) and "bits/byte" in words(panel.status), words(panel.status)
+    assert kept.read_bytes() == content and Path(panel.path.value) != kept
+
+
+def test_train_is_offered_only_where_a_plan_stands(panel):
+    assert not panel.train_button.disabled
+    panel.vocab_size.value = 2048
+    panel.path.value = str(Path(panel.path.value).with_name("few.txt"))
+    Path(panel.path.value).write_text("".join(f"{a} and {b} went home.\n" for a in range(40) for b in range(40)))
+    panel.look()
+    assert panel.wait(30) and "must support the vocabulary" in words(panel.plan_words)
+    assert panel.train_button.disabled
+
+
+def test_a_look_that_waits_for_another_training_can_be_stopped(panel):
+    panel._speed = None
+    with shared.MACHINE:
+        panel.look()
+        until(lambda: "waiting for another training" in words(panel.status))
+        panel.stop_button.click()
+        assert panel.wait(2) and words(panel.status).strip() == "stopped"
+    assert panel.train_button.disabled and "press Look" in words(panel.plan_words)
+    panel.look()
+    assert panel.wait(30) and "The plan: " in words(panel.plan_words) and not panel.train_button.disabled
 
 
 def test_stop_ends_the_look_or_the_training(panel):

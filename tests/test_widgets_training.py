@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 import threading
 import time
@@ -12,6 +13,8 @@ import pytest
 from tinylm import counts, widgets
 from tinylm.config import ModelConfig, TrainConfig
 from tinylm.study import runs
+from tinylm.study.parameters import repository
+from tinylm.study.planner import Evidence, Speed
 from tinylm.widgets import training
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -81,6 +84,57 @@ def test_costs_are_told_before_training_and_follow_the_knobs(panel):
     assert words(panel.facts) != before and training.memory_estimate(panel.run.model, panel.run.train) > 0
 
 
+def test_the_time_told_is_that_of_the_threads_and_batch_chosen(panel, monkeypatch):
+    asked = []
+
+    def measure(configs, seconds, threads, batch, train):
+        asked.append((threads, batch, train.device))
+        sizes = tuple(float(counts.parameters(config)["total"]) for config in configs)
+        return Speed(sizes, (1e6 * batch * threads,) * len(sizes), threads)
+
+    monkeypatch.setattr(training, "measure_speed", measure)
+    panel._speeds.clear()
+    told = {}
+    for batch, threads in ((2, 1), (16, 1), (16, 2), (2, 1)):
+        panel.knobs["batch_size"].value, panel.knobs["threads"].value = batch, threads
+        until(lambda: panel._drawer is None)
+        tokens = panel.run.train.max_steps * batch * panel.run.train.resolve(panel.run.model).seq_len
+        seconds = panel._seconds(panel.run, tokens)
+        per_token = counts.train_flops_per_token(panel.run.model, panel.run.train.resolve(panel.run.model).seq_len)
+        assert seconds * 1e6 * batch * threads / per_token >= tokens
+        told[batch, threads] = seconds / tokens
+    assert told[2, 1] > told[16, 1] > told[16, 2]
+    assert {(2, 1, "cpu"), (16, 1, "cpu"), (16, 2, "cpu")} == {(b, t, d) for t, b, d in asked}
+
+
+def test_a_knob_moved_while_a_run_goes_on_gets_its_time_when_it_ends(slow):
+    slow.start()
+    until(lambda: slow.live.step > 1)
+    slow.knobs["batch_size"].value = 8
+    until(lambda: slow._drawer is None)
+    assert "measuring how long" in words(slow.facts)
+    slow.stop()
+    assert slow.wait(5)
+    until(lambda: "on this machine" in words(slow.facts))
+
+
+def test_a_law_of_the_text_says_what_it_expects_and_of_what(panel, monkeypatch):
+    law = json.loads((repository() / "results" / "quickstart" / "tables" / "law.json").read_text(encoding="utf-8"))
+    evidence = Evidence.from_dict(law)
+    monkeypatch.setattr(training, "evidence_for", lambda run: (evidence, "a study"))
+    panel._law.clear()
+    panel.knobs["max_steps"].value = 50
+    until(lambda: panel._drawer is None)
+    run = panel.run
+    tokens = run.train.max_steps * run.train.windows_per_step * run.train.resolve(run.model).seq_len
+    loss = evidence.surface.predict(counts.parameters(run.model)["total"], tokens)["loss"].iloc[0]
+    assert re.search(rf"law of a study expects a loss of\s+{loss:.3f}", words(panel.facts))
+    assert "its own recipe" in words(panel.facts) and "far beyond" not in words(panel.facts)
+    panel.knobs["hidden_size"].value, panel.knobs["max_steps"].value = 512, 1e5
+    assert "far beyond the evidence" in words(panel.facts)
+    until(lambda: panel._drawer is None, 60)  # it measures so large a model
+
+
 def test_impossible_combinations_cannot_be_set_and_say_why(panel):
     k = panel.knobs
     k["hidden_size"].value = 12
@@ -130,6 +184,8 @@ def test_a_run_is_trained_recorded_and_compared(panel):
     panel.start()
     assert panel.wait(30)
     assert [label for label, _ in panel.compare.options] == ["mlp relu", "mlp swiglu"]
+    other = {**record, "run_id": "other", "data": {**record["data"], "text": "/somewhere/verse.txt"}}
+    assert training.labels_of([record, other]) == {record["run_id"]: "text lines.txt", "other": "text verse.txt"}
     again = widgets.training_panel(panel.text, panel.results_dir)
     assert {record["run_id"] for record in again.records()} == {record["run_id"] for record in panel.records()}
     again.close()
@@ -169,6 +225,51 @@ def test_a_paused_run_can_be_given_up(slow):
     slow.stop_button.click()
     assert "given up" in words(slow.status) and not slow.train_button.disabled
     assert not list(slow.results_dir.rglob("*.safetensors"))
+
+
+def test_a_pause_at_once_keeps_the_place_too(slow):
+    slow.knobs["max_steps"].value = 60
+    with training.MACHINE:  # another training is going on: this one has not begun
+        slow.start()
+        slow.pause()
+        assert slow.wait(5) and "paused after step 0" in words(slow.status) and not slow.resume_button.disabled
+    slow.resume()
+    until(lambda: slow.live.step > 3)
+    slow.pause()
+    assert slow.wait(5)
+    at = slow.live.step
+    with training.MACHINE:
+        slow.resume()
+        slow.pause()  # before it goes on
+        assert slow.wait(5) and f"paused after step {at}" in words(slow.status)
+    assert list(slow.results_dir.rglob("*.safetensors")), "what had been learned was thrown away"
+    slow.resume()
+    assert slow.wait(30) and "val_loss" in words(slow.status)
+    slow.knobs["seed"].value = 1
+    with training.MACHINE:
+        slow.start()
+        slow.pause()
+        assert slow.wait(5)
+    slow.stop()  # a run that never began is given up
+    assert "given up after step 0" in words(slow.status) and not slow.train_button.disabled
+
+
+@pytest.mark.parametrize("is_paused", [True, False], ids=["paused", "running"])
+def test_the_cell_run_again_ends_a_run_and_keeps_what_it_learned(slow, is_paused):
+    slow.knobs["max_steps"].value = 60
+    slow.start()
+    until(lambda: slow.live.step > 3)
+    if is_paused:
+        slow.pause()
+        assert slow.wait(5)
+    slow.close()
+    assert slow.wait(5)
+    at = slow.live.step
+    again = training.LiveRun(slow.live.run, slow.results_dir)  # the same settings, trained again
+    steps = []
+    again.train(lambda: bool(steps.append(again.step)), lambda _: None, lambda: steps.append(again.step))
+    assert again.record["status"] == "finished"
+    assert min(step for step in steps if step) >= at > 3
 
 
 def test_an_error_is_told_in_words(panel, monkeypatch):

@@ -160,7 +160,7 @@ class Attention(nn.Module):
         length = x.shape[-2]  # attention holds no weights of its own: the models of a stack are so many more sequences
         q, k, v = self.q(x), self.k(x), self.v(x)
         if self.q_norm is not None:
-            q, k = _by_head(q, self.q_norm), _by_head(k, self.k_norm)
+            q, k = by_head(q, self.q_norm), by_head(k, self.k_norm)
         q = q.view(-1, length, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, T, Dh)
         k = k.view(-1, length, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, Dh)
         v = v.view(-1, length, self.num_kv_heads, self.head_dim).transpose(1, 2)
@@ -184,7 +184,7 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(x.shape))
 
 
-def _by_head(x: Tensor, norm: RMSNorm) -> Tensor:
+def by_head(x: Tensor, norm: RMSNorm) -> Tensor:
     """x (..., T, heads Dh) with each head normalised over its own Dh channels; in a stack x is (M, B, T, heads Dh)."""
     return norm(x.unflatten(-1, (-1, norm.weight.shape[-1])).flatten(-3, -2)).view(x.shape)
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinylm.attention import by_head
 from tinylm.errors import LabError
 from tinylm.model import TinyLM
 from tinylm.positional import RoPE, rotate
@@ -58,8 +59,11 @@ def _attention(block: torch.nn.Module, x: Tensor, angles: tuple[Tensor, Tensor] 
     """The weights (1, H, T, T) that a block's attention gives to its keys, for x (1, T, D)."""
     part = block.attention
     read, length = (block.attention_norm(x) if block.is_pre_norm else x), x.shape[1]
-    q = part.q(read).view(1, length, part.num_heads, part.head_dim).transpose(1, 2)
-    k = part.k(read).view(1, length, part.num_kv_heads, part.head_dim).transpose(1, 2)
+    q, k = part.q(read), part.k(read)
+    if part.q_norm is not None:
+        q, k = by_head(q, part.q_norm), by_head(k, part.k_norm)
+    q = q.view(1, length, part.num_heads, part.head_dim).transpose(1, 2)
+    k = k.view(1, length, part.num_kv_heads, part.head_dim).transpose(1, 2)
     if angles is not None:
         q, k = rotate(q, *angles), rotate(k, *angles)
     k = k.repeat_interleave(part.num_heads // part.num_kv_heads, dim=1)
@@ -70,8 +74,8 @@ def _attention(block: torch.nn.Module, x: Tensor, angles: tuple[Tensor, Tensor] 
 
 @torch.no_grad()
 def loss_by_position(model: TinyLM, tokens: np.ndarray, windows: int = 64) -> tuple[np.ndarray, np.ndarray]:
-    """Mean loss (T,) in nats at each position of max_seq_len windows, and its standard error (T,), over up to so many
-    windows spread evenly over ``tokens``: how much more a model knows the more it has read."""
+    """Mean loss (T,) in nats at each position of max_seq_len windows, and its standard error (T,; NaN where there is one
+    window), over up to so many windows spread evenly over ``tokens``: how much more a model knows the more it has read."""
     data = TextDataset.from_tokens(tokens, model.config.max_seq_len, stride=model.config.max_seq_len)
     chosen = np.unique(np.linspace(0, len(data) - 1, min(windows, len(data))).astype(int))
     was_training, losses = model.training, []
@@ -84,7 +88,9 @@ def loss_by_position(model: TinyLM, tokens: np.ndarray, windows: int = 64) -> tu
     finally:
         model.train(was_training)
     all_losses = torch.cat(losses).numpy()
-    return all_losses.mean(0), all_losses.std(0) / max(1, len(all_losses)) ** 0.5
+    count = len(all_losses)
+    error = all_losses.std(0, ddof=1) / count**0.5 if count > 1 else np.full(all_losses.shape[1], np.nan)
+    return all_losses.mean(0), error
 
 
 @torch.no_grad()

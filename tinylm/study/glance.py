@@ -41,7 +41,9 @@ class Glance:
     def sentences(self) -> list[str]:
         """What it says of the text, in words."""
         said = [
-            f"{self.bytes / 1e6:.2f} MB in {self.lines:,} lines (of the first {LOOKED_AT // 10**6} MB)",
+            f"{self.bytes / 1e6:.2f} MB"
+            + (f"; looked at: the first {LOOKED_AT // 10**6} MB," if self.bytes > LOOKED_AT else "")
+            + f" in {self.lines:,} lines",
             f"{self.characters:,} different characters, {self.rare:,} of them fewer than 10 times",
             f"LZMA packs it to {self.compressed:.0%}, {self.bits:.2f} bits a byte: a model has to do better than that",
             f"{self.repeated:.1%} of the longer lines stood there before",

@@ -27,6 +27,11 @@ MISTAKES = {
     "one rate": "use one learning rate for all sizes",
     "6ND": "take 6 N D for the compute",
 }
+APART = (
+    "forecast",
+    "promised",
+    "batches",
+)  # families of runs that a study holds out of its fits, or trains at other batches
 
 
 @dataclass(frozen=True)
@@ -73,8 +78,9 @@ def unavailable(frame: pd.DataFrame) -> dict[str, str]:
 
 def read(frame: pd.DataFrame, mistakes: Collection[str] = (), bootstrap: int = 200, seed: int = 0) -> Reading:
     """Fit L(N, D) to runs (params_total, tokens_seen, val_loss; and what the mistakes need, see ``unavailable``), with
-    the named mistakes made. Runs that diverged or read their text more than once are left out."""
-    require_columns(frame, ["params_total", "tokens_seen", "val_loss"])
+    the named mistakes made. Runs that diverged or read their text more than once are left out, and so is what a study
+    keeps apart from its own fits (see ``kept_apart``)."""
+    require_columns(frame, _NEEDED)
     missing = unavailable(frame)
     for name in mistakes:
         if name not in MISTAKES:
@@ -99,9 +105,20 @@ def read(frame: pd.DataFrame, mistakes: Collection[str] = (), bootstrap: int = 2
     return Reading(tuple(m for m in MISTAKES if m in mistakes), points, fit, cost, float(a), float(low), float(high))
 
 
+_NEEDED = ("params_total", "tokens_seen", "val_loss")
+
+
+def kept_apart(frame: pd.DataFrame) -> pd.Series:
+    """Which runs of a study never enter a fit: those that a forecast or a plan was held against, and those of other
+    batches than the recipe's."""
+    return frame["family"].isin(APART) if "family" in frame else pd.Series(False, index=frame.index)
+
+
 def _usable(frame: pd.DataFrame) -> pd.DataFrame:
-    """Finished runs on fresh text, with ``place``: one number for each size and length."""
-    kept = frame[frame["status"].isin(["finished", "early_stopped"])] if "status" in frame else frame
+    """Finished runs on fresh text that a fit may see, with ``place``: one number for each size and length."""
+    require_columns(frame, _NEEDED)
+    kept = frame[~kept_apart(frame)]
+    kept = kept[kept["status"].isin(["finished", "early_stopped"])] if "status" in kept else kept
     if "epochs" in kept:
         kept = kept[~(pd.to_numeric(kept["epochs"]) > 1.02)]
     kept = kept[kept["val_loss"].notna()].copy()

@@ -225,11 +225,15 @@ class AblationsPanel(Panel):
         curves.set_ylabel("validation loss (nats/token)")
         log_x(curves, "training tokens")
         curves.set_title("same text, batches and seed")
-        done = [(name, live.record["val_loss"]) for name, live in drawn if live.record and live.record["val_loss"]]
+        done = [
+            (name, live.record["val_loss"], colour)
+            for (name, live), colour in zip(drawn, COLOURS, strict=False)
+            if live.record and live.record["val_loss"]
+        ]
         curves.legend(loc="upper right")
         if done:
-            names, losses = zip(*done, strict=True)
-            ends.barh(range(len(names)), np.array(losses) - losses[0], color=COLOURS[: len(names)], height=0.6)
+            names, losses, colours = zip(*done, strict=True)
+            ends.barh(range(len(names)), np.array(losses) - losses[0], color=colours, height=0.6)
             ends.set_yticks(range(len(names)), names)
             ends.invert_yaxis()
             ends.xaxis.set_major_locator(ticker.MaxNLocator(4))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import itertools
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import ipywidgets
@@ -17,7 +18,8 @@ from tinylm.errors import LabError
 from tinylm.study import doctor, mistakes, plots, runs
 from tinylm.study.design import Recipe, isoflop_points
 from tinylm.study.mistakes import MISTAKES, Reading
-from tinylm.study.optima import learning_rate_rule
+from tinylm.study.optima import LearningRateRule, learning_rate_rule
+from tinylm.study.planner import FAR
 from tinylm.study.runs import Run
 from tinylm.study.tables import ROLES, read_runs
 from tinylm.widgets.live import LiveRun, labs_folder
@@ -29,27 +31,39 @@ SMALL_BUDGETS = (2e9, 6e9, 2e10)  # of the study that is trained where no runs a
 LEAST = 8  # points of different size or length that a surface can be told from
 
 
+class NoRuns(LabError):
+    """No study has left runs that a law can be read from."""
+
+
 def laws_panel(source: object = None, columns: dict[str, str] | None = None) -> LawsPanel:
     """IsoFLOP curves, the surface, the doctor's words and a planned run, from runs.
 
     source: the name of a study, a results folder, a CSV file of runs or a DataFrame; None is the first study that is
     there, and where there is none a small one is trained (it says so). columns: role (params, tokens, loss, flops) ->
-    column of a CSV file with other names than the lab's.
+    column of a CSV file or DataFrame with other names than the lab's.
     """
     return place(LawsPanel, source, columns, same="laws" if source is None else str(source))
 
 
 def load_runs(source: object = None, columns: dict[str, str] | None = None) -> tuple[pd.DataFrame, str]:
     """Runs as a table with the lab's names (and ``curve`` where they are known), and what they are, in words. Raises
-    LabError where there are none."""
+    LabError where there are none, NoRuns where no study is named and none can be read."""
     if isinstance(source, pd.DataFrame):
-        return source, f"{len(source)} runs of a table"
+        frame = source.rename(columns={name: ROLES.get(role, role) for role, name in (columns or {}).items()})
+        return frame, _told(frame, f"{len(frame)} runs of a table")
     if source is None:
-        found = [folder for folder in study_folders() if (folder / "tables" / "law.json").exists()]
-        if not found:
-            raise LabError("Some study must have been run", "results/ holds none with a law", "run: make study")
-        source = found[0]
-    elif isinstance(source, str) and not Path(source).expanduser().exists() and (found := study_folders(source)):
+        passed = ""
+        for folder in _with_a_law():
+            try:
+                frame, words = load_runs(folder)
+                _enough(frame)
+                return frame, words + passed
+            except LabError as error:
+                passed += f" Passed over: {folder.name}, since: {error}"
+        raise NoRuns(
+            "Some study must have been run", passed.strip() or "results/ holds none with a law", "run: make study"
+        )
+    if isinstance(source, str) and not Path(source).expanduser().exists() and (found := study_folders(source)):
         source = found[0]
     path = Path(source).expanduser()
     if path.is_dir():
@@ -63,7 +77,7 @@ def load_runs(source: object = None, columns: dict[str, str] | None = None) -> t
                 "A law needs runs that differ in size and length alone", f"{path.name} compares variants",
                 "choose a study of compute, data or sizes",
             )  # fmt: skip
-        return frame, f"{len(frame)} runs of {path.name}"
+        return frame, _told(frame, f"{len(frame)} runs of {path.name}")
     roles = {role: ROLES[role] for role in ("params", "tokens", "loss")} | (columns or {})
     table = read_runs(path, roles, drop=["bad"])
     frame = table.frame.rename(columns={role: ROLES[role] for role in roles})
@@ -72,7 +86,48 @@ def load_runs(source: object = None, columns: dict[str, str] | None = None) -> t
             frame[name] = pd.to_numeric(frame[name], errors="coerce")
             if frame[name].isna().any():
                 del frame[name]
-    return frame, "; ".join(table.sentences())
+    return frame, _told(frame, "; ".join(table.sentences()))
+
+
+def _with_a_law() -> list[Path]:
+    return [folder for folder in study_folders() if (folder / "tables" / "law.json").exists()]
+
+
+def _told(frame: pd.DataFrame, words: str) -> str:
+    """What runs are, with what of them no fit sees, and whether they were computed alike."""
+    apart = int(mistakes.kept_apart(frame).sum())
+    if apart:
+        words += f", {apart} of which no fit sees: what a forecast or plan was held against, and other batches"
+    revisions = runs.revisions_told(frame["numerics_revision"]) if "numerics_revision" in frame else ""
+    return words.rstrip(".") + "." + (f" Mind: {revisions}" if revisions else "")
+
+
+def _enough(frame: pd.DataFrame) -> pd.DataFrame:
+    """The points of runs that a surface can be told from."""
+    points = mistakes.points_of(frame)
+    if len(points) < LEAST:
+        raise LabError(f"A surface needs at least {LEAST} points of different size or length", f"{len(points)}")
+    return points
+
+
+@dataclass
+class _Known:
+    """Runs, and what was made of them already: kept together, so that no reading of other runs gets among them."""
+
+    frame: pd.DataFrame
+    rule: LearningRateRule | None
+    readings: dict[tuple, Reading] = field(default_factory=dict)
+    reports: dict[tuple, str] = field(default_factory=dict)
+
+    def read(self, chosen: tuple[str, ...]) -> Reading:
+        if chosen not in self.readings:
+            self.readings[chosen] = mistakes.read(self.frame, chosen)
+        return self.readings[chosen]
+
+    def report(self, chosen: tuple[str, ...]) -> str:
+        if chosen not in self.reports:
+            self.reports[chosen] = doctor.diagnose(self.read(chosen).fit, bootstrap=200).report()
+        return self.reports[chosen]
 
 
 class LawsPanel(Panel):
@@ -80,14 +135,12 @@ class LawsPanel(Panel):
 
     def __init__(self, source: object = None, columns: dict[str, str] | None = None):
         super().__init__(same="laws" if source is None else str(source))
-        self.frame: pd.DataFrame | None = None
         self.honest: Reading | None = None
         self.reading: Reading | None = None
-        self._readings: dict[tuple, Reading] = {}
-        self._reports: dict[tuple, str] = {}
-        self._rule = None
+        self._known: _Known | None = None
+        self._live: LiveRun | None = None
         self._is_taking = False
-        names = [folder.name for folder in study_folders() if (folder / "tables" / "law.json").exists()]
+        names = [folder.name for folder in _with_a_law()]
         self.source = ipywidgets.Combobox(
             description="runs", options=list(dict.fromkeys(names)), placeholder="a study, a folder or a CSV file",
             style={"description_width": "60px"}, layout={"width": "420px", "max_width": "100%"},
@@ -132,24 +185,32 @@ class LawsPanel(Panel):
             return
         try:
             self._take(*load_runs(source, columns))
-        except LabError as error:
-            if source is None:
-                self.begin(self._train_small)
-            else:
-                self._complain(error)
+        except NoRuns as error:
+            self.about.value = f"<div class='tinylm-about' style='{SMALL}'>{html.escape(str(error.got))}</div>"
+            self.begin(self._train_small)
+        except Exception as error:
+            self._complain(error)
+
+    def stop(self) -> None:
+        super().stop()
+        if self._live is not None:
+            self._live.request_stop()
+
+    @property
+    def frame(self) -> pd.DataFrame | None:
+        """The runs that are read, None where there are none yet."""
+        return self._known.frame if self._known else None
 
     def _take(self, frame: pd.DataFrame, words: str) -> None:
-        points = mistakes.points_of(frame)  # raises where nothing is usable, before anything is replaced
-        if len(points) < LEAST:
-            raise LabError(f"A surface needs at least {LEAST} points of different size or length", f"{len(points)}")
-        with self._lock:
-            self.frame, self._readings, self._reports = frame, {}, {}
+        points = _enough(frame)  # raises where nothing is usable, before anything is replaced
         missing = mistakes.unavailable(frame)
         told = [f"not here: {MISTAKES[name]}, since {why}" for name, why in missing.items()]
         try:
-            self._rule = learning_rate_rule(frame, by=("tokens_seen", "params_total"))
+            rule = learning_rate_rule(frame[~mistakes.kept_apart(frame)], by=("tokens_seen", "params_total"))
         except (LabError, KeyError):
-            self._rule = None
+            rule = None
+        known = _Known(frame, rule)
+        known.read(())  # a law that cannot be fitted is told before anything is replaced, too
         least, most = (float(np.log10(end)) for end in (points["flops"].min(), points["flops"].max()))
         self._is_taking = True  # the controls are brought to these runs, and the figure is drawn once
         try:
@@ -161,10 +222,11 @@ class LawsPanel(Panel):
             self.budget.value = 10 ** (most + 1)
         finally:
             self._is_taking = False
+        self._known = known
         self.reasons.value = f"<div style='{SMALL};opacity:.75'>{'<br>'.join(map(html.escape, told))}</div>"
         self.about.value = f"<div class='tinylm-about' style='{SMALL}'>{html.escape(words)}</div>"
         self._say("")
-        self._draw_picture()
+        self._draw_picture(known)
         self.redraw()  # the doctor takes his time
 
     def _changed(self, _change: dict) -> None:
@@ -184,8 +246,11 @@ class LawsPanel(Panel):
             params = counts.parameters(model)["total"]
             train = recipe.train(model, point.tokens, recipe.learning_rate(params), eval_tokens=16384)
             run = Run(model, train, DataConfig(text), {"family": "isoflop", "budget": point.budget})
-            live = LiveRun(run, labs_folder().with_name("labs-laws"))
-            said = f"No study has left runs yet, so {len(points)} small ones are trained, for about half a minute: {number}"
+            self._live = live = LiveRun(run, labs_folder().with_name("labs-laws"))
+            said = (
+                f"No study has left runs to read a law from, so {len(points)} small ones are trained, for about half a "
+                f"minute: {number}"
+            )
             record = live.train(self.is_stopping, lambda _, said=said: self._progress(said), lambda: None)
             if record is None or record["status"] == "stopped" or self.is_stopping():
                 return f"stopped after {len(done)} of {len(points)} small runs; those are kept"
@@ -197,45 +262,45 @@ class LawsPanel(Panel):
 
     # Reading.
 
-    def _read(self, chosen: tuple[str, ...]) -> Reading:
-        if chosen not in self._readings:
-            self._readings[chosen] = mistakes.read(self.frame, chosen)
-        return self._readings[chosen]
-
     @property
     def chosen(self) -> tuple[str, ...]:
         """The mistakes that are pressed."""
         return tuple(name for name, toggle in self.toggles.items() if toggle.value)
 
     def draw(self) -> None:
-        if self.frame is None:
+        known = self._known
+        if known is None:
             return
-        chosen = self._draw_picture()
-        if chosen not in self._reports:
-            self._reports[chosen] = doctor.diagnose(self._read(chosen).fit, bootstrap=200).report()
+        chosen = self._draw_picture(known)
+        report = known.report(chosen)
+        if known is not self._known:  # other runs have been read meanwhile
+            return
         heading = "The doctor's words" + (f", with {len(chosen)} of the mistakes made" if chosen else "")
-        if self.reading.cost != (6.0, 1.0):
+        if known.read(chosen).cost != (6.0, 1.0):
             heading += " (its <i>a</i> takes 6 N D for the compute, the figure's takes exact FLOPs)"
         self.words.value = (
             f"<details open style='{SMALL}'><summary>{heading}</summary><pre class='tinylm-doctor' "
-            f"style='white-space:pre-wrap;font-size:12px'>{html.escape(self._reports[chosen])}</pre></details>"
+            f"style='white-space:pre-wrap;font-size:12px'>{html.escape(report)}</pre></details>"
         )
 
-    def _draw_picture(self) -> tuple[str, ...]:
+    def _draw_picture(self, known: _Known) -> tuple[str, ...]:
         """The figure and the plan for what is pressed; returns which mistakes that was."""
         chosen = self.chosen
-        steps = [self._read(chosen[:count]) for count in range(len(chosen) + 1)]
-        self.honest, self.reading = steps[0], steps[-1]
-        plan = mistakes.planned(self.honest, self.reading, self.budget.value)
-        self._tell_plan(plan, chosen)
-        self.picture.value = png(lambda figure: _draw(figure, steps, plan), (10.5, 7.4), paper=True, dpi=95)
+        steps = [known.read(chosen[:count]) for count in range(len(chosen) + 1)]
+        plan = mistakes.planned(steps[0], steps[-1], self.budget.value)
+        picture = png(lambda figure: _draw(figure, steps, plan), (10.5, 7.4), paper=True, dpi=95)
+        with self._lock:
+            if known is self._known:
+                self.honest, self.reading = steps[0], steps[-1]
+                self._tell_plan(plan, chosen, known)
+                self.picture.value = picture
         return chosen
 
-    def _tell_plan(self, plan: mistakes.Planned, chosen: tuple[str, ...]) -> None:
+    def _tell_plan(self, plan: mistakes.Planned, chosen: tuple[str, ...], known: _Known) -> None:
         lines = [
             f"For {quantity(plan.flops)} FLOPs: <b>{quantity(plan.params)} parameters on {quantity(plan.tokens)} tokens</b>, "
             f"expected loss <b>{plan.loss:.3f}</b> [{plan.low:.3f}, {plan.high:.3f}] nats per token"
-            + (f", learning rate about {self._rule.predict(plan.params, plan.tokens):.2g}" if self._rule else "")
+            + (f", learning rate about {known.rule.predict(plan.params, plan.tokens):.2g}" if known.rule else "")
             + "."
         ]  # fmt: skip
         if chosen:
@@ -244,13 +309,13 @@ class LawsPanel(Panel):
                 f"size is {quantity(plan.best_params)}: the mistakes cost {plan.costs:.4f} nats, as if only "
                 f"{1 / plan.compute:.0%} of the compute had been there.</span>"
             )
-        if {"seconds", "flops"} <= set(self.frame):
-            speed = (self.frame["flops"] / self.frame["seconds"].where(self.frame["seconds"] > 0)).max()
+        if {"seconds", "flops"} <= set(known.frame):
+            speed = (known.frame["flops"] / known.frame["seconds"].where(known.frame["seconds"] > 0)).max()
             lines.append(
                 f"Price: {duration(plan.flops / speed)} at the best speed among these runs ({quantity(speed)} FLOP/s)."
             )
         largest = float(self.reading.points["flops"].max())
-        if plan.flops > 30 * largest:
+        if plan.flops > FAR * largest:
             lines.append(f"That is {plan.flops / largest:,.0f} times the largest run here: far beyond the evidence.")
         self.plan.value = f"<div class='tinylm-plan' style='{SMALL}'>{'<br>'.join(lines)}</div>"
 

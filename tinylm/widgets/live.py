@@ -21,7 +21,7 @@ from tinylm.study.runs import Run
 from tinylm.tokenizer import Tokenizer
 from tinylm.train import Trainer
 from tinylm.widgets.models import study_folders
-from tinylm.widgets.shared import MACHINE
+from tinylm.widgets.shared import MACHINE, take_machine
 
 # Measuring the machine and compiling take long, and no Stop can cut them short: panels train on the plain path.
 PLAIN = {"precision": "fp32", "compile": False}
@@ -69,10 +69,8 @@ class LiveRun:
             if is_stopping():
                 trainer.request_stop()
 
-        while not MACHINE.acquire(timeout=0.1):
-            say("waiting for another training in this kernel …")
-            if is_stopping():
-                return None
+        if not take_machine(is_stopping, say):
+            return None
         try:
             if is_stopping():
                 return None
@@ -89,6 +87,11 @@ class LiveRun:
         """Remove the checkpoint of a run that was stopped."""
         if self._task is not None:
             self.folder.clear_checkpoint(self._task.run_id)
+
+    @property
+    def step(self) -> int:
+        """Steps done so far."""
+        return self.trainer.step if self.trainer is not None else 0
 
     @property
     def curve(self) -> list[dict]:

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from tinylm import corpora, counts, files
 from tinylm.config import DataConfig, TrainConfig
 from tinylm.corpora import Text
-from tinylm.errors import LabError
-from tinylm.study import glance
+from tinylm.errors import LabError, TextError
+from tinylm.study import glance, runs
 from tinylm.study.design import LADDER, Recipe
 from tinylm.study.planner import Speed, measure_speed
 from tinylm.study.runs import Run
@@ -37,6 +37,7 @@ from tinylm.widgets.shared import (
     place,
     png,
     table,
+    take_machine,
     wait_for,
 )
 from tinylm.words import duration, quantity
@@ -109,8 +110,10 @@ class TextPanel(Panel):
         """Keep an uploaded text in the lab's cache, under its own name, and look at it."""
         for item in self.upload.value:
             name = re.sub(r"[^\w.-]+", "_", Path(item["name"]).name) or "text.txt"
-            path = files.home() / "labs" / "uploads" / name
-            files.write_whole(path, bytes(item["content"]))
+            content = bytes(item["content"])
+            # A folder for each content: runs are trained on a text under its path, and it may not change under them.
+            path = files.home() / "labs" / "uploads" / files.sha256_bytes(content)[:8] / name
+            files.write_whole(path, content)
             self.path.value = str(path)
             self.look()
 
@@ -123,6 +126,7 @@ class TextPanel(Panel):
         text = corpora.load(path)
         seen = glance.glance(text)
         self.text, self.glance, self.tokenizers = text, seen, None
+        self.plan_words.value = ""  # that was of another text
         self._show_quality()
 
         def say(size: int) -> None:
@@ -135,13 +139,17 @@ class TextPanel(Panel):
             self._show_quality()
             self.redraw()
             if self._speed is None:
-                say_measuring = "measuring how fast this machine trains …"
-                self._progress(say_measuring)
-                with MACHINE:
+                if not take_machine(self.is_stopping, self._progress):
+                    raise _Stopped
+                try:
+                    self._progress("measuring how fast this machine trains …")
                     recipe = Recipe()
                     shapes = [recipe.model(LADDER[rung], 512) for rung in (2, 6, 9)]
                     self._speed = measure_speed(shapes, 0.2, 1, 8, TrainConfig(**PLAIN))
+                finally:
+                    MACHINE.release()
         except _Stopped:
+            self._tell_plan()
             return "stopped"
         self._tell_plan()
         return ""
@@ -180,6 +188,12 @@ class TextPanel(Panel):
         train = recipe.train(plan.model, float(f"{plan.tokens:.2g}"), rate, eval_tokens=32768, **PLAIN)
         return Run(plan.model, train, DataConfig(str(self.text.path), "bpe"), {"label": self.text.name})
 
+    def _has_plan(self) -> bool:
+        try:
+            return bool(self.plan)
+        except LabError:
+            return False
+
     def _tell_plan(self) -> None:
         try:
             plan = self.plan
@@ -199,18 +213,28 @@ class TextPanel(Panel):
 
     def ready(self, is_ready: bool) -> None:
         self.look_button.disabled, self.stop_button.disabled = not is_ready, is_ready
-        self.train_button.disabled = not is_ready or self.tokenizers is None
+        self.train_button.disabled = not is_ready or not self._has_plan()
 
     def start(self) -> None:
         """Train what the plan says, in the background; then the model speaks."""
+        if self.is_running:
+            return
         try:
             run = self.run
+            folder = self._folder_for(run)
         except LabError as error:
             self._complain(error)
             return
-        if not self.is_running:
-            self.live = LiveRun(run, self.results_dir, self._opening())
-            self.begin(self._train)
+        self.live = LiveRun(run, folder, self._opening())
+        self.begin(self._train)
+
+    def _folder_for(self, run: Run) -> Path:
+        """Where the run is recorded: beside ``results_dir``, where that one knows the file with other content."""
+        try:
+            runs.Folder(self.results_dir).check_own_text(run)
+        except TextError:
+            return self.results_dir.with_name(f"{self.results_dir.name}-{self.text.sha256[:8]}")
+        return self.results_dir
 
     def stop(self) -> None:
         super().stop()
@@ -251,7 +275,8 @@ class TextPanel(Panel):
         self.voice.start()
         return (
             f"val_loss {record['val_loss']:.3f} nats/token, {record['val_bpb']:.3f} bits/byte "
-            f"(LZMA: {self.glance.bits:.2f}), in {duration(record['seconds'])}; the model speaks below"
+            f"(LZMA: {self.glance.bits:.2f}), in {duration(record['seconds'])}; recorded in {live.folder.path.name}; "
+            "the model speaks below"
         )
 
     def _show_samples(self) -> None:

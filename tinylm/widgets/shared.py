@@ -114,9 +114,13 @@ class Panel(ipywidgets.VBox):
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
+    def make_room(self) -> None:
+        """End what is going on, for a panel that takes this one's place."""
+        self.stop()
+
     def close(self) -> None:
         """End what is going on and take the panel off the screen."""
-        self.stop()
+        self.make_room()
         self.is_closed = True
         self._stop.set()
         _panels.discard(self)
@@ -187,9 +191,7 @@ def place(kind: type[Panel], *given, same: object) -> Panel:
     for older in list(_panels):
         same_place = older.cell == cell if cell else type(older) is kind and _is_same(older.same, same)
         if same_place and (execution is None or older.execution != execution):
-            older.stop()
-            if cell:
-                older.close()
+            older.close() if cell else older.make_room()
     panel = kind(*given)
     panel.cell, panel.execution = cell, execution
     _panels.add(panel)
@@ -198,6 +200,15 @@ def place(kind: type[Panel], *given, same: object) -> Panel:
 
 def _is_same(one: object, other: object) -> bool:
     return one is other or (isinstance(one, str) and one == other)
+
+
+def take_machine(is_stopping: Callable[[], bool], say: Callable[[str], None]) -> bool:
+    """Wait for ``MACHINE``, which the caller releases; False where a stop came first."""
+    while not MACHINE.acquire(timeout=0.1):
+        say("waiting for another training or measurement in this kernel …")
+        if is_stopping():
+            return False
+    return True
 
 
 def running_cell() -> tuple[str | None, str | None]:

@@ -20,7 +20,7 @@ from tinylm.config import DataConfig, ModelConfig, TrainConfig
 from tinylm.errors import LabError
 from tinylm.model import TinyLM
 from tinylm.study.design import Recipe
-from tinylm.study.planner import Evidence, Speed, evaluation_tokens, measure_speed
+from tinylm.study.planner import FAR, Evidence, Speed, evaluation_tokens, measure_speed
 from tinylm.study.runs import Run
 from tinylm.tokenizer import Tokenizer
 from tinylm.train import learning_rate_at
@@ -82,7 +82,7 @@ class TrainingPanel(Panel):
         self.text, self.results_dir = text, results_dir
         self.live: LiveRun | None = None
         self._wants_pause = self._is_paused = self._is_fitting = False
-        self._speed: Speed | None = None
+        self._speeds: dict[tuple, Speed] = {}  # by what decides it besides the size, see ``_speed_key``
         self._law: dict[tuple, tuple[Evidence, str] | None] = {}
         self._records = {record["run_id"]: record for record in read_curves(results_dir)}
         self.knobs = _knobs(text)
@@ -196,7 +196,8 @@ class TrainingPanel(Panel):
             )
             self.train_button.disabled = True
             return
-        self.train_button.disabled = self.is_running or self._is_paused
+        with self._lock:  # facts are told from a thread too, and Train may be pressed meanwhile
+            self.train_button.disabled = self.is_running or self._is_paused
         parts = counts.parameters(run.model)
         tokens = run.train.max_steps * run.train.windows_per_step * run.train.resolve(run.model).seq_len
         seconds = self._seconds(run, tokens)
@@ -214,20 +215,29 @@ class TrainingPanel(Panel):
         law = self._law.get(_law_key(run))
         if law is not None:
             expected = law[0].surface.predict(parts["total"], tokens, seed_sd=law[0].seed_sd).iloc[0]
+            reach = run.flops / law[0].largest_flops
             lines.append(
                 f"The law of {html.escape(law[1])} expects a loss of <b>{expected['loss']:.3f}</b> "
-                f"[{expected['low']:.3f}, {expected['high']:.3f}] nats per token at the end."
+                f"[{expected['low']:.3f}, {expected['high']:.3f}] nats per token at the end, of its own recipe at its best "
+                "learning rate, reading no text twice."
+                + (f" That is {reach:,.0f} times its largest run: far beyond the evidence." if reach > FAR else "")
             )
         self.facts.value = f"<div class='tinylm-facts' style='{SMALL}'>{'<br>'.join(lines)}</div>"
 
     def _seconds(self, run: Run, tokens: float) -> float | None:
         """How long the run takes at the speed measured for its size, evaluations included."""
-        if self._speed is None:
+        speed = self._speed_for(run)
+        if speed is None:
             return None
         total = counts.parameters(run.model)["total"]
         per_token = counts.train_flops_per_token(run.model, run.train.resolve(run.model).seq_len)
-        rate = self._speed({"params_total": total, "flops_per_token": per_token})
+        rate = speed({"params_total": total, "flops_per_token": per_token})
         return float((tokens + evaluation_tokens(tokens)) / rate)
+
+    def _speed_for(self, run: Run) -> Speed | None:
+        """What was measured for runs like this one; for steps too long to be tried, whatever was measured last."""
+        last = next(reversed(self._speeds.values()), None) if _is_long(run) else None
+        return self._speeds.get(_speed_key(run), last)
 
     # Training.
 
@@ -240,6 +250,7 @@ class TrainingPanel(Panel):
         except LabError as error:
             self._complain(error)
             return
+        self._wants_pause = False
         self.begin(self._train)
 
     def pause(self) -> None:
@@ -254,7 +265,7 @@ class TrainingPanel(Panel):
     def resume(self) -> None:
         """Go on where ``pause`` ended, bit for bit."""
         if self._is_paused:
-            self._is_paused = False
+            self._is_paused = self._wants_pause = False
             self.live.record = None
             self.begin(self._train)
 
@@ -267,14 +278,22 @@ class TrainingPanel(Panel):
         elif self._is_paused:
             self._is_paused = False
             self.live.discard()
-            self._say(f"given up after step {self.live.trainer.step:,}")
+            self._say(f"given up after step {self.live.step:,}")
             self.ready(True)
+
+    def make_room(self) -> None:
+        """End the run, if one is going on, as ``pause`` does: its checkpoint stays, and the same run goes on from there when
+        it is trained again."""
+        if self.is_running:
+            self.pause()
 
     def ready(self, is_ready: bool) -> None:
         self.train_button.disabled = not is_ready or self._is_paused
         self.pause_button.disabled = is_ready
         self.resume_button.disabled = not (is_ready and self._is_paused)
         self.stop_button.disabled = is_ready and not self._is_paused
+        if is_ready:
+            self.redraw()  # knobs may have moved meanwhile, and nothing is measured while a run goes on
 
     def model(self) -> tuple[TinyLM, Tokenizer]:
         """The last model that was trained here, and its tokenizer."""
@@ -288,18 +307,17 @@ class TrainingPanel(Panel):
 
     def _train(self) -> str:
         """The body of the thread: one run, or as much of it as was asked for."""
-        live, self._wants_pause = self.live, False
+        live = self.live
         ticking = threading.Thread(target=self._tick, args=(live,), daemon=True)
         ticking.start()
         record = live.train(self.is_stopping, self._progress, self._point)
         if record is None or record["status"] == "stopped":
-            steps = 0 if record is None else record["steps"]
             if self._wants_pause:
-                self._is_paused = record is not None
-                return f"paused after step {steps:,} of {live.run.train.max_steps:,}"
+                self._is_paused = True
+                return f"paused after step {live.step:,} of {live.run.train.max_steps:,}"
             live.discard()
             self.redraw()
-            return f"stopped after step {steps:,} of {live.run.train.max_steps:,}; nothing of it is kept"
+            return f"stopped after step {live.step:,} of {live.run.train.max_steps:,}; nothing of it is kept"
         self._records[record["run_id"]] = record
         self._offer_runs(record["run_id"])
         self._show_samples()
@@ -391,15 +409,16 @@ class TrainingPanel(Panel):
         run = self.run
         if _law_key(run) not in self._law:
             self._law[_law_key(run)] = evidence_for(run)
-        total = float(counts.parameters(run.model)["total"])
-        a_step = run.flops / run.train.max_steps
-        known = self._speed is not None and min(abs(math.log(total / p)) for p in self._speed.params) < 0.2
-        if known or (a_step > 1e11 and self._speed is not None) or not MACHINE.acquire(blocking=False):
+        total, key = float(counts.parameters(run.model)["total"]), _speed_key(run)
+        before = self._speeds.get(key)
+        known = before is not None and min(abs(math.log(total / p)) for p in before.params) < 0.2
+        if known or (_is_long(run) and self._speeds) or not MACHINE.acquire(blocking=False):
             return
         try:
-            train = TrainConfig(precision="fp32", compile=False, batch_size=min(run.train.batch_size, 16))
-            speed = measure_speed([run.model], 0.2, run.train.threads or 1, train.batch_size, train)
-            self._speed = speed if self._speed is None else self._speed.joined(speed)
+            device, threads, batch = key
+            train = TrainConfig(precision="fp32", compile=False, device=device, batch_size=batch)
+            speed = measure_speed([run.model], 0.2, threads, batch, train)
+            self._speeds[key] = before.joined(speed) if before else speed
         finally:
             MACHINE.release()
 
@@ -455,6 +474,16 @@ class TrainingPanel(Panel):
         rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
 
 
+def _speed_key(run: Run) -> tuple[str, int, int]:
+    """Device, threads and windows a micro-step; beyond 16 of these the speed changes little."""
+    return run.train.device, run.train.threads or 1, min(run.train.batch_size, 16)
+
+
+def _is_long(run: Run) -> bool:
+    """Whether a step is too long to be tried for the sake of a number."""
+    return run.flops / run.train.max_steps > 1e11
+
+
 def _law_key(run: Run) -> tuple:
     return run.data.text, run.data.tokenizer, run.model.vocab_size
 
@@ -466,7 +495,15 @@ def heads_below(num_heads: int) -> list[int]:
 
 def labels_of(records: list[dict]) -> dict[str, str]:
     """A short name for each record by run_id: its own label, else in what it differs from the others."""
-    flat = {r["run_id"]: {**r["model"], **r["train"], "tokenizer": r["data"]["tokenizer"]} for r in records}
+    flat = {
+        r["run_id"]: {
+            "text": Path(r["data"]["text"]).name,
+            "tokenizer": r["data"]["tokenizer"],
+            **r["model"],
+            **r["train"],
+        }
+        for r in records
+    }
     quiet = {
         "intermediate_size",
         "attention_scale",
