@@ -147,6 +147,7 @@ def test_any_text_survives_the_exported_tokenizer(kind, words, trained, exported
         {"position": "sinusoidal"},
         {"position": "none"},
         {"attention_scale": 0.1},
+        {"qk_norm": True},
     ],
 )
 def test_what_llama_cannot_express_is_refused_before_anything_is_written(changes, tmp_path):

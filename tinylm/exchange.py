@@ -122,6 +122,7 @@ def _check_expressible(config: ModelConfig) -> None:
         "mlp": (config.mlp, "swiglu"),
         "position": (config.position, "rope"),
         "attention_scale": (config.attention_scale, config.head_dim**-0.5),
+        "qk_norm": (config.qk_norm, False),
     }
     wrong = [f"{name}={value!r}" for name, (value, wanted) in told.items() if value != wanted]
     if wrong:
