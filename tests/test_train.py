@@ -725,3 +725,37 @@ def test_a_notebook_in_a_front_end_has_a_screen_and_one_under_papermill_has_none
 def test_a_result_has_the_fields_that_records_need():
     names = [field.name for field in dataclasses.fields(train_module.TrainResult)]
     assert names[:4] == ["status", "reason", "steps", "tokens_seen"] and "val_bpb" in names and "curve" in names
+
+
+@pytest.mark.parametrize(
+    ("progress", "tensors"),
+    [
+        *(({name: value}, {}) for name, value in {
+            "checkpoint": "here", "run": 1, "step": "x", "_losses": None, "curve": [{"step": 1}], "_best": {}, "_seconds": "a",
+        }.items()),
+        ({"step": 10**30}, {}), ({"step": -5}, {}), ({"_skipped": 5}, {}), ({"_losses": [1.0]}, {}), ({"curve": 3}, {}),
+        ({}, {"evil.x": 3}), ({}, {"best.x": 3}), ({}, {"optimizer.first": 3}), ({}, {"optimizer.third": 3}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_checkpoint_that_means_harm_is_refused_and_writes_nowhere(progress, tensors, tmp_path):
+    """Its hash is right: anyone can write one."""
+    first = trainer(checkpoint_dir=tmp_path, max_steps=3)
+    first.train_step()
+    first.save()
+    stored, meta = train_module.load_state(first.checkpoint)
+    stored = {name: value.clone() for name, value in stored.items()}
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    told = {name: str(victim) if value == "here" else value for name, value in progress.items()}
+    meta["progress"] |= told
+    train_module.save_state(
+        first.checkpoint, {**stored, **{name: torch.zeros(many) for name, many in tensors.items()}}, meta
+    )
+    with pytest.raises(DamagedFileError, match="must hold what a Trainer writes"):
+        trainer(checkpoint_dir=tmp_path, max_steps=3)
+    del meta["progress"]
+    train_module.save_state(first.checkpoint, stored, meta)
+    with pytest.raises(DamagedFileError, match="must hold what a Trainer writes"):
+        trainer(checkpoint_dir=tmp_path, max_steps=3)
+    assert victim.read_text() == "precious"

@@ -30,7 +30,7 @@ from torch import Tensor
 from tinylm import backend
 from tinylm.checkpoint import copy_weights, load_state, save_state
 from tinylm.config import ModelConfig, TrainConfig
-from tinylm.errors import ConfigError, LabError, TextError
+from tinylm.errors import ConfigError, DamagedFileError, LabError, TextError
 from tinylm.files import sha256_bytes
 from tinylm.model import TinyLM
 from tinylm.ranks import ALONE, Ranks
@@ -352,12 +352,24 @@ class Trainer:
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "best": {}}
         for name, value in tensors.items():
             part, _, rest = name.partition(".")
-            parts[part][rest] = value.clone()  # out of the file's buffer
+            parts.setdefault(part, {})[rest] = value.clone()  # out of the file's buffer
+        progress, shapes = meta.get("progress"), {name: p.shape for name, p in self.model.named_parameters()}
+        moments = {name: value.shape for name, value in parts["optimizer"].items()}
+        best = {name: value.shape for name, value in parts["best"].items()}
+        if (
+            not _is_progress(progress, self.config.max_steps)
+            or moments != {"first": self.lane.first.shape, "second": self.lane.second.shape}
+            or (best and best != shapes)
+            or len(parts) > 3
+        ):  # a hash tells damage, and not who wrote the file
+            raise DamagedFileError(
+                "A checkpoint must hold what a Trainer writes", self.checkpoint, "delete it to start its run anew"
+            )
         copy_weights(self.model, parts["model"], self.checkpoint)
         self.lane.first.copy_(parts["optimizer"]["first"])
         self.lane.second.copy_(parts["optimizer"]["second"])
         self._best_weights = {name: value.to(self.device) for name, value in parts["best"].items()}
-        for name, value in meta["progress"].items():
+        for name, value in progress.items():
             setattr(self, name, value)
         self.lane.steps = self.step - self._skipped
 
@@ -529,11 +541,27 @@ class Trainer:
         return self.windows[_shuffle(len(self.windows), "order", self.config.seed, 0)]
 
 
-# What a checkpoint keeps besides tensors and the loss scale: attributes of the Trainer that are plain values.
-_PROGRESS = (
-    *("step", "curve", "_status", "_reason", "_first_loss", "_losses", "_seconds", "_step_seconds", "_best"),
-    *("_loss_scale", "_good_steps", "_skipped"),
-)
+# What a checkpoint keeps besides tensors: attributes of the Trainer that are plain values, and what they may be.
+_NUMBER = (int, float)
+_PROGRESS = {
+    **{"step": int, "curve": list, "_status": (str, type(None)), "_reason": (str, type(None))},
+    **{"_first_loss": (*_NUMBER, type(None)), "_losses": (list, tuple), "_seconds": _NUMBER, "_step_seconds": _NUMBER},
+    **{"_best": (dict, type(None)), "_loss_scale": _NUMBER, "_good_steps": int, "_skipped": int},
+}
+
+
+def _is_progress(told: object, max_steps: int) -> bool:
+    """Whether a checkpoint's ``progress`` is of the kind that ``Trainer.save`` writes, and nothing besides."""
+    if not isinstance(told, dict) or told.keys() != _PROGRESS.keys():
+        return False
+    if not all(isinstance(told[name], kind) for name, kind in _PROGRESS.items()):
+        return False
+    points = [*told["curve"], *([] if told["_best"] is None else [told["_best"]])]
+    plain = all(isinstance(point, dict) and isinstance(point.get("step"), int) for point in points)
+    plain = plain and all(isinstance(p.get(name), _NUMBER) for p in points for name in ("train_loss", "val_loss"))
+    plain = plain and all(isinstance(point.get("val_bpb"), (*_NUMBER, type(None))) for point in points)
+    losses = len(told["_losses"]) == 2 and all(isinstance(value, _NUMBER) for value in told["_losses"])
+    return plain and losses and 0 <= told["_skipped"] <= told["step"] <= max_steps
 
 
 def train_together(
