@@ -176,6 +176,22 @@ def test_the_stream_of_windows_is_whole_epochs_each_in_an_order_of_its_own(chang
         assert len(set(epochs)) == 3
 
 
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 1000, 65_535, 65_537, 300_000])
+def test_a_shuffle_in_four_bytes_a_window_is_the_permutation_of_numpy(count):
+    for parts in (("evaluation",), ("subset",), ("order", 3, 7)):
+        order = train_module._shuffle(count, *parts)
+        expected = np.random.RandomState(train_module._seed(*parts)).permutation(count)
+        assert order.dtype == np.uint32 and order.tolist() == expected.tolist()
+
+
+def test_targets_are_counted_beyond_four_bytes():
+    text = np.broadcast_to(np.uint8(0), 1 << 40)  # takes no room
+    data = TextDataset.from_tokens(text, 16, 1 << 20)
+    for kind in (np.uint32, np.int64):
+        assert data.covered(np.array([0, 1, 1_000_000], dtype=kind)) == 48
+        assert TextDataset.from_tokens(text, 16, 5).covered(np.array([0, 1, 1 << 31], dtype=kind)) == 16 + 5 + 16
+
+
 def test_the_order_depends_on_the_seed_and_on_nothing_else():
     def order(run, steps=6):
         return np.concatenate([run._windows_at(step) for step in range(steps)]).tolist()

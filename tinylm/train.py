@@ -100,7 +100,8 @@ class TextDataset:
         """How many distinct tokens are a target in at least one of these windows."""
         if len(indices) == 0:
             return 0
-        steps = np.diff(np.sort(indices)) * self.stride
+        apart = -(-self.max_seq_len // self.stride)  # windows so far apart share no target
+        steps = np.minimum(np.diff(np.sort(indices)), apart).astype(np.int64) * self.stride
         return int(np.minimum(steps, self.max_seq_len).sum()) + self.max_seq_len
 
     def subset(self, unique_tokens: int | None) -> np.ndarray:
@@ -110,7 +111,7 @@ class TextDataset:
         None, or all there is, gives all windows. Raises TextError where the text has fewer tokens.
         """
         if unique_tokens is None:
-            return np.arange(len(self))
+            return _range(len(self))
         if unique_tokens > len(self.tokens) - 1:
             raise TextError(
                 "unique_tokens may not exceed what the text holds",
@@ -232,8 +233,8 @@ class Trainer:
     the end, and looked for at the start. progress: a bar, or plain lines without a screen. on_eval: called with each
     point of the curve. arithmetic: how to compute, where that was resolved before (see ``backend.resolve``). ranks: the
     processes that train this run together, each with a Trainer of its own and all else equal (see ``ranks``); the losses are
-    those of one process to rounding, and a checkpoint may be gone on with on another number of them. Only the first
-    of them writes, shows progress and calls on_eval.
+    those of one process to rounding (dropout apart, which each draws for its own part), and a checkpoint may be gone on with on
+    another number of them. Only the first of them writes, shows progress and calls on_eval.
 
     Weight decay falls on matrices and embeddings, not on norms and biases. Every evaluation before the last scores a
     fixed part of eval_tokens, at most a quarter of them and an eighth of the tokens trained on in between (but 8
@@ -659,8 +660,16 @@ def _seed(*parts: str | int) -> np.ndarray:
 
 
 def _shuffle(count: int, *parts: str | int) -> np.ndarray:
-    """A permutation of range(count). RandomState, because numpy promises its stream for all versions to come."""
-    return np.random.RandomState(_seed(*parts)).permutation(count)
+    """A permutation of range(count). RandomState, because numpy promises its stream for all versions to come; what it draws
+    does not depend on the type of what is shuffled."""
+    order = _range(count)
+    np.random.RandomState(_seed(*parts)).shuffle(order)
+    return order
+
+
+def _range(count: int) -> np.ndarray:
+    """Numbers of windows in four bytes each, as long as they go in: of a large text there are many millions."""
+    return np.arange(count, dtype=np.uint32 if count <= 1 << 32 else np.int64)
 
 
 @contextlib.contextmanager
