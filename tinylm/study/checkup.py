@@ -420,6 +420,8 @@ def _forecasts(folder: Path) -> Iterator[Finding]:
         try:
             forecasts._read(path)
             good += 1
+        except runs.OtherSchemaError as error:
+            yield Finding(LOOK, about, f"{path.name} is of another schema ({error.got})", error.fix or "")
         except LabError as error:
             yield Finding(BROKEN, about, f"{path.name} is not as it was sealed ({error.got})", error.fix or "")
     if good < len(seals):
