@@ -151,6 +151,26 @@ def test_a_process_that_is_lost_at_the_start_costs_no_checkpoint(text, tmp_path,
     assert checkpoint.read_bytes() == kept
 
 
+def test_who_fails_ends_all_in_words_and_keeps_nobody_waiting(text, tmp_path, monkeypatch):
+    """The others may be in the middle of a step, where what the first would tell them is not understood."""
+    run = runs.Run(MODEL.replace(vocab_size=256), TRAIN, DataConfig(text=str(text), tokenizer="byte"))
+    told = []
+
+    def fail(trainers, **_):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr("tinylm.train.train_together", fail)
+    monkeypatch.setattr(Ranks, "tell", lambda self, value=None: told.append(value) or value)
+    monkeypatch.setattr(Ranks, "copy_from_first", lambda self, tensor: tensor)
+    record = runs.train_run(run, tmp_path, ranks=Ranks(0, 2))
+    assert record["status"] == "failed" and "no memory" in record["reason"]
+    assert told[0]["run"] == run.to_dict() and None not in told
+    first, start = told[0], {**told[1], "best": []}
+    monkeypatch.setattr(Ranks, "tell", lambda self, value=None: [first, start].pop(value is not None))
+    with pytest.raises(LabError, match=r"process 1 of 2: RuntimeError: no memory.*goes on from the last checkpoint"):
+        runs.train_run(run, tmp_path, ranks=Ranks(1, 2))
+
+
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize(
     "changes", [{}, {"patience": 2, "unique_tokens": 64, "learning_rate": 0.05}, {"precision": "bf16"}]

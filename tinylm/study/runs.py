@@ -669,7 +669,8 @@ def train_run(
     else:
         folder.admit([(run, prepare_corpus(run, progress))])
         (record,) = perform([folder.task(run, home, keep_model)], progress, ranks)
-    ranks.tell(None)  # there is nothing more to follow in
+    if record["status"] != "failed":  # else the others may be in the middle of a step: they end when this process does
+        ranks.tell(None)  # there is nothing more to follow in
     if record["status"] == "stopped" and not _stop.is_set():  # the Trainer took a Ctrl-C to write a last checkpoint
         raise KeyboardInterrupt
     return record
@@ -683,7 +684,16 @@ def _follow(ranks: Ranks) -> None:
     while told := ranks.tell():
         task = Task(**{**told, "run": Run.from_dict(told["run"])})
         _check_machine(task)
-        (result,) = train_together([_trainer(task, None, False, ranks)])
+        try:
+            (result,) = train_together([_trainer(task, None, False, ranks)])
+        except (LabError, OSError):
+            raise
+        except Exception as error:
+            raise LabError(
+                "Each process of a run must be able to train its part",
+                f"process {ranks.rank} of {ranks.size}: {_told(error)}",
+                "mend what it names, or start fewer processes; the same command goes on from the last checkpoint",
+            ) from error
     if result and result.status == "stopped":
         raise KeyboardInterrupt
 
