@@ -543,14 +543,36 @@ class Folder:
                 (self.checkpoints / leftover).unlink(missing_ok=True)
 
     def tidy(self) -> None:
-        """Remove what writers that were killed left lying for an hour, and the checkpoint folder where it is empty."""
+        """Remove what writers that were killed left lying for an hour, checkpoints of runs whose record stands (its writer
+        was killed before it came to them), and the checkpoint folder where it is empty."""
         with contextlib.suppress(OSError):
             for path in [*self.path.glob(".*.part"), *self.runs.glob(".*.part"), *self.models.glob(".*.part")]:
                 if time.time() - path.stat().st_mtime > 3600:
                     path.unlink()
+        with contextlib.suppress(OSError, LabError):
+            for run_id in sorted({path.stem for path in self.checkpoints.iterdir()}):
+                if self.result(run_id):
+                    self.clear_checkpoint(run_id)
         with contextlib.suppress(OSError):
-            (self.checkpoints / "folder.lock").unlink(missing_ok=True)
+            self._remove_lock_nobody_holds(self.checkpoints / "folder.lock")
             self.checkpoints.rmdir()
+
+    def _remove_lock_nobody_holds(self, path: Path) -> None:
+        """Removed from under its holder, it would let a third one in."""
+        handle = None
+        try:
+            if fcntl and path.exists():
+                handle = os.open(path, os.O_RDWR)
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return
+                except OSError:  # a file system without locks
+                    pass
+            path.unlink(missing_ok=True)
+        finally:
+            if handle is not None:
+                os.close(handle)
 
 
 def _differences(there: dict, here: dict) -> list[str]:
@@ -666,6 +688,7 @@ def train_run(
     task = folder.task(run, home, keep_model)
     if task and (record := folder.result(task.run_id)):
         folder.check_own_text(run)
+        folder.clear_checkpoint(task.run_id)  # of a process that was killed between the record and its end
     else:
         folder.admit([(run, prepare_corpus(run, progress))])
         (record,) = perform([folder.task(run, home, keep_model)], progress, ranks)
