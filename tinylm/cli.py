@@ -146,7 +146,8 @@ def train(out: str, **values) -> None:
     """Train one model on a text: its record goes to OUT/runs, the model to OUT/models.
 
     The same command started again goes on where it was stopped, and trains nothing that is finished. Started as
-    `torchrun --nproc_per_node=2 -m tinylm train ...` it trains in several processes, to the same losses.
+    `torchrun --nproc_per_node=2 -m tinylm train ...` it trains in several processes, to the same losses but for
+    rounding and dropout.
     """
     data, model, training = (_config(kind, values) for kind in (DataConfig, ModelConfig, TrainConfig))
     from tinylm.ranks import joined
