@@ -318,7 +318,12 @@ def test_a_run_alone_that_needs_more_memory_than_there_is_is_told_in_one_line(te
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr("tinylm.train.TinyLM", full)
-    sentence(CliRunner().invoke(main, train_words(text, tmp_path / "out")), "this run failed", "can't allocate memory")
+    sentence(
+        CliRunner().invoke(main, train_words(text, tmp_path / "out")),
+        "this run failed",
+        "can't allocate memory",
+        "a smaller model",
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- devices and NaN

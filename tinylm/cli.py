@@ -167,9 +167,12 @@ def train(out: str, **values) -> None:
     if record is None:  # the first process tells
         return
     if record["val_loss"] is None:
-        raise LabError(
-            f"Training must succeed, and this run {record['status']}", record["reason"], "lower learning_rate"
-        )
+        way_out = "lower learning_rate"
+        if record["status"] != "diverged":
+            way_out = (
+                "mend what it names (want of memory: a smaller model or batch_size), and start the same command again"
+            )
+        raise LabError(f"Training must succeed, and this run {record['status']}", record["reason"], way_out)
     bits = "" if record["val_bpb"] is None else f", {record['val_bpb']:.4f} bits per byte"
     click.echo(f"{record['status']}: val_loss {record['val_loss']:.4f} nats per token{bits}")
     click.echo(f"record: {Path(out, 'runs', record['run_id'] + '.json')}")
