@@ -114,6 +114,15 @@ def test_a_process_that_torchrun_did_not_start_is_alone(monkeypatch):
         assert ranks is ALONE and ranks.tell({"a": 1}) == {"a": 1}
 
 
+@pytest.mark.skipif(torch.cuda.device_count() > 1, reason="GPUs are there")
+def test_more_processes_than_gpus_are_told_before_they_meet(monkeypatch):
+    told = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LabError, match=r"for 2 processes on a machine with \d.*device='cpu'"), joined("cuda"):
+        pass
+
+
 def test_what_the_first_tells_reaches_all():
     values = [None, {"text": "ü", "list": [1, 2.5, None]}, "x" * 5000]
     with ThreadPoolExecutor(3) as pool:
