@@ -164,6 +164,12 @@ def test_an_export_takes_the_place_of_an_earlier_one_and_of_nothing_else(trained
     (folder / "thesis.txt").touch()
     with pytest.raises(LabError, match=r"a folder of its own.*thesis\.txt"):
         export_hf(TinyLM(SMALL), None, folder)
+    a_llama(tmp_path / "theirs")
+    (tmp_path / "theirs" / "generation_config.json").unlink()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "theirs").iterdir()}
+    with pytest.raises(LabError, match=r"a folder of its own.*config\.json, model\.safetensors"):
+        export_hf(TinyLM(SMALL), None, tmp_path / "theirs")
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "theirs").iterdir()}
     with pytest.raises(LabError, match="vocab_size=300 in the model, 256 in the tokenizer"):
         export_hf(TinyLM(SMALL), trained["byte"], tmp_path / "other")
     assert not (tmp_path / "other").exists()
