@@ -160,7 +160,11 @@ def test_the_report_tells_what_was_found_and_what_was_not_survived(tmp_path):
     fuzz = pd.DataFrame([{"reader": "texts", "examples": 1200, "seconds": 9.0, "wrong": 0}])
     page = reliability.write_report(tmp_path, {"kills": kills, "damages": damages, "fuzz": fuzz}, 60.0, 7)
     told = page.read_text()
-    assert "**1 of 2** random moments" in told and "**3 of 4** damaged files" in told and "1,200 generated" in told
+    assert (
+        "**1 of 2** random moments" in told
+        and "**3 of 4** damaged files" in told
+        and "1,200 readings of generated input" in told
+    )
     assert "a.json was lost" in told and "| believed |" in told and "seed 7" in told
     assert "nothing finished lost" not in told and "what was wrong after the others stands below" in told
     assert pd.read_csv(tmp_path / "tables" / "damages.csv").loc[0, "believed"] == 1

@@ -560,7 +560,12 @@ def write_report(folder: Path, found: dict[str, pd.DataFrame], seconds: float, s
                 "give a value or an error that is meant for a person."
             )
             specs = {"reader": "", "examples": ",d", "seconds": ",.0f", "wrong": ",d"}
-            report.table(found["fuzz"], "fuzz", "Examples by reader; wrong: any other error, or no end.", **specs)
+            report.table(
+                found["fuzz"],
+                "fuzz",
+                "Examples by reader; wrong: 1 where there was any other error, or no end.",
+                **specs,
+            )
         report.section("How this was made")
         report.text(
             f"`make soak`, {day}, seed {seed}, {duration(seconds)} on {machine['cpu']} with {os.cpu_count()} processors, torch "
@@ -588,8 +593,8 @@ _KINDS: dict[str, Callable[[pd.DataFrame], str]] = {
         else f"{_of(int(rows['outcome'].isin(GOOD_ENDS).sum()), len(rows))} damaged files handled; the others stand below."
     ),
     "fuzz": lambda rows: (
-        f"{int(rows['examples'].sum()):,} generated inputs to {len(rows)} readers in {duration(rows['seconds'].sum())}: "
-        f"{int(rows['wrong'].sum())} with an error that no person is meant to read."
+        f"{int(rows['examples'].sum()):,} readings of generated input by {len(rows)} readers in {duration(rows['seconds'].sum())}; "
+        f"readers that gave an error that no person is meant to read, or came to no end: {int(rows['wrong'].sum())}."
     ),
 }
 
