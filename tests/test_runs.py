@@ -255,6 +255,26 @@ def test_a_failed_run_is_recorded_and_tried_again(text, tmp_path, monkeypatch):
     assert record["status"] == "failed" and "ZeroDivisionError" in record["reason"]
     assert load_runs(tmp_path).status.tolist() == ["failed"]
     assert train_run(a_run(text), tmp_path)["status"] == "finished"
+    assert not list((tmp_path / ".checkpoints").glob(f"{record['run_id']}*"))
+
+
+def test_a_run_that_fails_late_goes_on_from_its_checkpoint(text, tmp_path, monkeypatch):
+    run, steps = a_run(text, checkpoint_minutes=1e-6), []
+    real = train.Trainer._batches
+
+    def batches(self):
+        steps.append(self.step)
+        return real(self) if self.step < 9 else 1 / 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "_batches", batches)
+        assert train_run(run, tmp_path / "late")["status"] == "failed"
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "_batches", lambda self: steps.append(self.step) or real(self))
+        record = train_run(run, tmp_path / "late")
+    assert steps == [*range(10), 9, 10, 11]
+    assert timeless(record) == timeless(train_run(run, tmp_path / "calm"))
+    assert not list((tmp_path / "late" / ".checkpoints").glob(f"{record['run_id']}*"))
 
 
 def test_errors_a_person_can_mend_are_raised_and_not_recorded(text, tmp_path):

@@ -763,7 +763,8 @@ def perform(
                 if len(todo) == 1:
                     records[todo[0].run_id] = record = failed_record(todo[0], _told(error))
                     write_record(folder.path, record)
-                    folder.clear_checkpoint(todo[0].run_id)
+                    if not any((folder.checkpoints / todo[0].run_id).glob("*")):  # else the next try goes on from there
+                        folder.clear_checkpoint(todo[0].run_id)
     for task in tasks:
         if task.run_id not in records:
             (records[task.run_id],) = perform([task], progress, ranks, watch)
