@@ -203,7 +203,7 @@ def test_failed_runs_leftovers_and_interrupted_runs_are_told(folder):
 
     rewrite(records(folder)[0], status="failed", reason="out of memory")
     ended = records(folder)[1].stem
-    for name in ("c" * 16, "d" * 16, ended):
+    for name in ("c" * 16, "d" * 16, ended, records(folder)[0].stem):
         save_state(folder / ".checkpoints" / name / CHECKPOINT_NAME, {}, {"step": 1})
     (folder / ".checkpoints" / ("d" * 16) / CHECKPOINT_NAME).write_bytes(b"torn")
     draft = folder / "runs" / ".x.json.abc.part"
@@ -211,7 +211,8 @@ def test_failed_runs_leftovers_and_interrupted_runs_are_told(folder):
     os.utime(draft, (0, 0))
     failed, begun, damaged, left, drafts = found(folder, checkup.LOOK)
     assert "1 failed, the first: out of memory" in failed
-    assert "2 runs were cut off" in begun and "c" * 16 in begun and "tinylm clean checkpoints --results" in begun
+    assert "3 runs were cut off" in begun and records(folder)[0].stem in begun  # the one that failed is tried again
+    assert "c" * 16 in begun and "tinylm clean checkpoints --results" in begun
     assert "d" * 16 in damaged and "starts anew" in damaged and "c" * 16 not in damaged
     assert "1 of finished runs" in left and "1 half-written" in drafts and "clean leftovers" in drafts
     assert not found(folder, checkup.BROKEN)

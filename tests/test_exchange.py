@@ -147,6 +147,7 @@ def test_any_text_survives_the_exported_tokenizer(kind, words, trained, exported
         {"position": "sinusoidal"},
         {"position": "none"},
         {"attention_scale": 0.1},
+        {"qk_norm": True},
     ],
 )
 def test_what_llama_cannot_express_is_refused_before_anything_is_written(changes, tmp_path):
@@ -163,6 +164,12 @@ def test_an_export_takes_the_place_of_an_earlier_one_and_of_nothing_else(trained
     (folder / "thesis.txt").touch()
     with pytest.raises(LabError, match=r"a folder of its own.*thesis\.txt"):
         export_hf(TinyLM(SMALL), None, folder)
+    a_llama(tmp_path / "theirs")
+    (tmp_path / "theirs" / "generation_config.json").unlink()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "theirs").iterdir()}
+    with pytest.raises(LabError, match=r"a folder of its own.*config\.json, model\.safetensors"):
+        export_hf(TinyLM(SMALL), None, tmp_path / "theirs")
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "theirs").iterdir()}
     with pytest.raises(LabError, match="vocab_size=300 in the model, 256 in the tokenizer"):
         export_hf(TinyLM(SMALL), trained["byte"], tmp_path / "other")
     assert not (tmp_path / "other").exists()
@@ -424,6 +431,18 @@ def variants(text, trained):
             normalizer={"type": "NFKC"},
         ),
     )
+    for flags in (
+        {"normalized": True},
+        {"lstrip": True},
+        {"rstrip": True},
+        {"single_word": True},
+        {"lstrip": True, "rstrip": True},
+    ):
+        for made in (with_signs(trained["bpe"], normalizer=prepend), over_bytes(text)):
+            made["added_tokens"] = [
+                {**token, **(flags if token["content"] != "<s>" else {})} for token in made["added_tokens"]
+            ]
+            yield f"added tokens with {flags}", made
     legacy = with_signs(trained["char"], normalizer=prepend)
     legacy["model"]["merges"] = [" ".join(pair) for pair in legacy["model"]["merges"]]
     yield "no merges", legacy
@@ -431,7 +450,7 @@ def variants(text, trained):
 
 def test_their_tokenizers_are_read_as_theirs_are(text, trained, tmp_path):
     rng, seen = random.Random(0), 0
-    texts = [WORDS, HARD, text[:3000], "", " ", "  x", "\u2581x"]
+    texts = [WORDS, HARD, text[:3000], "", " ", "  x", "\u2581x", "a</s>b </s> <unk>\n </s></s>  c _</s> <s> </s>"]
     texts += ["".join(rng.choices(WORDS + text[:50], k=rng.randint(1, 50))) for _ in range(150)]
     for name, told in variants(text, trained):
         (tmp_path / "tokenizer.json").write_text(json.dumps(told))
@@ -440,7 +459,8 @@ def test_their_tokenizers_are_read_as_theirs_are(text, trained, tmp_path):
         for words in texts:
             ids = other.encode(words).ids
             assert own.encode(words) == ids, (name, words)
-            assert own.decode(ids) in (other.decode(ids), " " + other.decode(ids)), (name, words)
+            if "normalized" not in name:  # theirs shows such a special token where it shows no other
+                assert own.decode(ids) in (other.decode(ids), " " + other.decode(ids)), (name, words)
             seen += len(ids)
     assert seen > 10_000
 

@@ -12,6 +12,8 @@ import pytest
 
 from tinylm.errors import DamagedFileError, LabError
 from tinylm.study import forecasts
+from tinylm.study.checkup import folder_findings
+from tinylm.study.runs import OtherSchemaError
 from tinylm.study.scaling import Fit
 
 TARGET = {"params_total": 120000, "tokens": 3e6, "learning_rate": 0.008, "run_id": "abc", "hidden_size": 64}
@@ -59,6 +61,16 @@ def test_many_writers_leave_one_whole_file(tmp_path):
     assert len(set(paths)) == 1
     assert [p.name for p in tmp_path.iterdir()] == [paths[0].name]
     assert len(forecasts.load(tmp_path)) == 1
+
+
+def test_a_seal_of_another_schema_is_no_damage_and_told_in_words(tmp_path):
+    path = sealed(tmp_path)
+    path.write_text(path.read_text().replace('"schema": 1', '"schema": 2'))
+    for use in (lambda: forecasts.load(tmp_path), lambda: forecasts.score(tmp_path, path, observed())):
+        with pytest.raises(OtherSchemaError, match=r"schema 2.*Way out: use the version of tinylm that wrote it"):
+            use()
+    (finding,) = folder_findings(tmp_path)
+    assert finding.state == "look" and "another schema" in finding.words
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,15 @@ def test_a_process_that_torchrun_did_not_start_is_alone(monkeypatch):
         assert ranks is ALONE and ranks.tell({"a": 1}) == {"a": 1}
 
 
+@pytest.mark.skipif(torch.cuda.device_count() > 1, reason="GPUs are there")
+def test_more_processes_than_gpus_are_told_before_they_meet(monkeypatch):
+    told = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LabError, match=r"for 2 processes on a machine with \d.*device='cpu'"), joined("cuda"):
+        pass
+
+
 def test_what_the_first_tells_reaches_all():
     values = [None, {"text": "ü", "list": [1, 2.5, None]}, "x" * 5000]
     with ThreadPoolExecutor(3) as pool:
@@ -149,6 +158,26 @@ def test_a_process_that_is_lost_at_the_start_costs_no_checkpoint(text, tmp_path,
     with pytest.raises(LostProcess):
         runs.train_run(run, tmp_path, ranks=Ranks(0, 2))
     assert checkpoint.read_bytes() == kept
+
+
+def test_who_fails_ends_all_in_words_and_keeps_nobody_waiting(text, tmp_path, monkeypatch):
+    """The others may be in the middle of a step, where what the first would tell them is not understood."""
+    run = runs.Run(MODEL.replace(vocab_size=256), TRAIN, DataConfig(text=str(text), tokenizer="byte"))
+    told = []
+
+    def fail(trainers, **_):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr("tinylm.train.train_together", fail)
+    monkeypatch.setattr(Ranks, "tell", lambda self, value=None: told.append(value) or value)
+    monkeypatch.setattr(Ranks, "copy_from_first", lambda self, tensor: tensor)
+    record = runs.train_run(run, tmp_path, ranks=Ranks(0, 2))
+    assert record["status"] == "failed" and "no memory" in record["reason"]
+    assert told[0]["run"] == run.to_dict() and None not in told
+    first, start = told[0], {**told[1], "best": []}
+    monkeypatch.setattr(Ranks, "tell", lambda self, value=None: [first, start].pop(value is not None))
+    with pytest.raises(LabError, match=r"process 1 of 2: RuntimeError: no memory.*goes on from the last checkpoint"):
+        runs.train_run(run, tmp_path, ranks=Ranks(1, 2))
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -160,12 +160,32 @@ def test_the_report_tells_what_was_found_and_what_was_not_survived(tmp_path):
     fuzz = pd.DataFrame([{"reader": "texts", "examples": 1200, "seconds": 9.0, "wrong": 0}])
     page = reliability.write_report(tmp_path, {"kills": kills, "damages": damages, "fuzz": fuzz}, 60.0, 7)
     told = page.read_text()
-    assert "**1 of 2** random moments" in told and "**3 of 4** damaged files" in told and "1,200 generated" in told
+    assert (
+        "**1 of 2** random moments" in told
+        and "**3 of 4** damaged files" in told
+        and "1,200 readings of generated input" in told
+    )
     assert "a.json was lost" in told and "| believed |" in told and "seed 7" in told
+    assert "nothing finished lost" not in told and "what was wrong after the others stands below" in told
     assert pd.read_csv(tmp_path / "tables" / "damages.csv").loc[0, "believed"] == 1
     assert len(pd.read_csv(tmp_path / "tables" / "moments.csv")) == 2
+    calm = reliability.write_report(tmp_path / "calm", {"kills": kills[:1]}, 60.0, 0).read_text()
+    assert "**1 of 1** random moments" in calm and "nothing finished lost" in calm and "stands below" not in calm
     alone = reliability.write_report(tmp_path / "alone", {"damages": damages[:3]}, 60.0, 0).read_text()
     assert "none used with other numbers" in alone and "moments.csv" not in alone
+
+
+def test_a_check_that_fails_without_a_reader_at_fault_is_no_success(tmp_path, monkeypatch, capsys):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_fuzz.py").write_text(
+        "import json, os\nfrom pathlib import Path\n"
+        'rows = [{"reader": "texts", "examples": 3, "seconds": 1.0, "wrong": 0}]\n'
+        'def test_log():\n    Path(os.environ["TINYLM_FUZZ_LOG"]).write_text(json.dumps(rows))\n'
+        "def test_bomb():\n    assert not 'exploded'\n"
+    )
+    monkeypatch.setattr(reliability, "repository", lambda: tmp_path)
+    found = reliability.fuzz(3, tmp_path)
+    assert found["wrong"].tolist() == [0, 1] and "exploded" in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------------------------------- folders
@@ -302,7 +322,12 @@ def test_a_run_alone_that_needs_more_memory_than_there_is_is_told_in_one_line(te
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr("tinylm.train.TinyLM", full)
-    sentence(CliRunner().invoke(main, train_words(text, tmp_path / "out")), "this run failed", "can't allocate memory")
+    sentence(
+        CliRunner().invoke(main, train_words(text, tmp_path / "out")),
+        "this run failed",
+        "can't allocate memory",
+        "a smaller model",
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- devices and NaN

@@ -194,6 +194,40 @@ def test_an_interrupted_run_goes_on_bit_for_bit(text, tmp_path):
     assert timeless(resumed) == timeless(whole)
 
 
+def test_what_a_writer_left_who_was_killed_behind_its_record_goes(text, tmp_path):
+    record = train_run(a_run(text), tmp_path)
+    folder, other = Folder(tmp_path), tmp_path / ".checkpoints" / "0123456789abcdef"
+    for again in (folder.tidy, lambda: train_run(a_run(text), tmp_path)):
+        left = tmp_path / ".checkpoints" / record["run_id"]
+        for place in (left, other):
+            place.mkdir(parents=True, exist_ok=True)
+            (place / train.CHECKPOINT_NAME).write_bytes(b"x")
+        folder.note_progress(record["run_id"], 1, 1.0)
+        again()
+        assert not list((tmp_path / ".checkpoints").glob(f"{record['run_id']}*"))
+        assert (other / train.CHECKPOINT_NAME).exists()  # of a run that has no record
+
+
+@pytest.mark.skipif(engine.fcntl is None, reason="no locks")
+def test_a_sweep_that_ends_leaves_another_its_lock(tmp_path):
+    entered = []
+
+    def wait():
+        with Folder(tmp_path).locked("folder"):
+            entered.append(time.monotonic())
+
+    with Folder(tmp_path).locked("folder"):
+        Folder(tmp_path).tidy()
+        third = threading.Thread(target=wait)
+        third.start()
+        time.sleep(0.3)
+        assert not entered
+    third.join()
+    assert entered
+    Folder(tmp_path).tidy()
+    assert not (tmp_path / ".checkpoints").exists()
+
+
 def test_a_damaged_checkpoint_starts_the_run_again(text, tmp_path):
     run = a_run(text)
     whole = train_run(run, tmp_path / "whole")
@@ -221,6 +255,26 @@ def test_a_failed_run_is_recorded_and_tried_again(text, tmp_path, monkeypatch):
     assert record["status"] == "failed" and "ZeroDivisionError" in record["reason"]
     assert load_runs(tmp_path).status.tolist() == ["failed"]
     assert train_run(a_run(text), tmp_path)["status"] == "finished"
+    assert not list((tmp_path / ".checkpoints").glob(f"{record['run_id']}*"))
+
+
+def test_a_run_that_fails_late_goes_on_from_its_checkpoint(text, tmp_path, monkeypatch):
+    run, steps = a_run(text, checkpoint_minutes=1e-6), []
+    real = train.Trainer._batches
+
+    def batches(self):
+        steps.append(self.step)
+        return real(self) if self.step < 9 else 1 / 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "_batches", batches)
+        assert train_run(run, tmp_path / "late")["status"] == "failed"
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "_batches", lambda self: steps.append(self.step) or real(self))
+        record = train_run(run, tmp_path / "late")
+    assert steps == [*range(10), 9, 10, 11]
+    assert timeless(record) == timeless(train_run(run, tmp_path / "calm"))
+    assert not list((tmp_path / "late" / ".checkpoints").glob(f"{record['run_id']}*"))
 
 
 def test_errors_a_person_can_mend_are_raised_and_not_recorded(text, tmp_path):

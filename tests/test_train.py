@@ -176,6 +176,22 @@ def test_the_stream_of_windows_is_whole_epochs_each_in_an_order_of_its_own(chang
         assert len(set(epochs)) == 3
 
 
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 1000, 65_535, 65_537, 300_000])
+def test_a_shuffle_in_four_bytes_a_window_is_the_permutation_of_numpy(count):
+    for parts in (("evaluation",), ("subset",), ("order", 3, 7)):
+        order = train_module._shuffle(count, *parts)
+        expected = np.random.RandomState(train_module._seed(*parts)).permutation(count)
+        assert order.dtype == np.uint32 and order.tolist() == expected.tolist()
+
+
+def test_targets_are_counted_beyond_four_bytes():
+    text = np.broadcast_to(np.uint8(0), 1 << 40)  # takes no room
+    data = TextDataset.from_tokens(text, 16, 1 << 20)
+    for kind in (np.uint32, np.int64):
+        assert data.covered(np.array([0, 1, 1_000_000], dtype=kind)) == 48
+        assert TextDataset.from_tokens(text, 16, 5).covered(np.array([0, 1, 1 << 31], dtype=kind)) == 16 + 5 + 16
+
+
 def test_the_order_depends_on_the_seed_and_on_nothing_else():
     def order(run, steps=6):
         return np.concatenate([run._windows_at(step) for step in range(steps)]).tolist()
@@ -725,3 +741,37 @@ def test_a_notebook_in_a_front_end_has_a_screen_and_one_under_papermill_has_none
 def test_a_result_has_the_fields_that_records_need():
     names = [field.name for field in dataclasses.fields(train_module.TrainResult)]
     assert names[:4] == ["status", "reason", "steps", "tokens_seen"] and "val_bpb" in names and "curve" in names
+
+
+@pytest.mark.parametrize(
+    ("progress", "tensors"),
+    [
+        *(({name: value}, {}) for name, value in {
+            "checkpoint": "here", "run": 1, "step": "x", "_losses": None, "curve": [{"step": 1}], "_best": {}, "_seconds": "a",
+        }.items()),
+        ({"step": 10**30}, {}), ({"step": -5}, {}), ({"_skipped": 5}, {}), ({"_losses": [1.0]}, {}), ({"curve": 3}, {}),
+        ({}, {"evil.x": 3}), ({}, {"best.x": 3}), ({}, {"optimizer.first": 3}), ({}, {"optimizer.third": 3}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_checkpoint_that_means_harm_is_refused_and_writes_nowhere(progress, tensors, tmp_path):
+    """Its hash is right: anyone can write one."""
+    first = trainer(checkpoint_dir=tmp_path, max_steps=3)
+    first.train_step()
+    first.save()
+    stored, meta = train_module.load_state(first.checkpoint)
+    stored = {name: value.clone() for name, value in stored.items()}
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    told = {name: str(victim) if value == "here" else value for name, value in progress.items()}
+    meta["progress"] |= told
+    train_module.save_state(
+        first.checkpoint, {**stored, **{name: torch.zeros(many) for name, many in tensors.items()}}, meta
+    )
+    with pytest.raises(DamagedFileError, match="must hold what a Trainer writes"):
+        trainer(checkpoint_dir=tmp_path, max_steps=3)
+    del meta["progress"]
+    train_module.save_state(first.checkpoint, stored, meta)
+    with pytest.raises(DamagedFileError, match="must hold what a Trainer writes"):
+        trainer(checkpoint_dir=tmp_path, max_steps=3)
+    assert victim.read_text() == "precious"

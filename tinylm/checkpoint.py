@@ -24,7 +24,9 @@ from tinylm.files import canonical_json, sha256_bytes, write_whole
 from tinylm.model import TinyLM
 
 MODEL_FORMAT, STATE_FORMAT = "tinylm-model-1", "tinylm-state-1"
-MAX_SEQ_LEN = 1 << 24  # the most that a file is believed: positions take room before there is any text
+MOST_POSITIONS = (
+    1 << 26
+)  # times channels of a head, the most that a file is believed: their table stands before any text
 _TOKENIZER = "tokenizer"  # no parameter bears this name: theirs end in .weight or .bias
 
 
@@ -67,10 +69,12 @@ def load_model(path: str | os.PathLike) -> tuple[TinyLM, object | None, dict]:
 def _built(config: ModelConfig, tensors: dict[str, Tensor], path: str | os.PathLike) -> TinyLM:
     """The model of a file's config, where that is not far larger than the file: no room is taken on its word alone."""
     held, said = sum(tensor.numel() for tensor in tensors.values()), counts.parameters(config)["total"]
-    if said > 4 * max(held, 1 << 18) or config.max_seq_len > MAX_SEQ_LEN:
+    channels = config.resolve().head_dim
+    if said > 4 * max(held, 1 << 18) or config.max_seq_len * channels > MOST_POSITIONS:
         raise DamagedFileError(
             "A file's weights must be those of its config",
-            f"{path}: {held:,} weights where the config has {said:,}, and max_seq_len={config.max_seq_len:,}",
+            f"{path}: {held:,} weights where the config has {said:,}, and max_seq_len={config.max_seq_len:,} of {channels:,} "
+            "channels a head",
             "write the file again from its model",
         )
     return TinyLM(config)

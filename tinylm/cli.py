@@ -146,7 +146,8 @@ def train(out: str, **values) -> None:
     """Train one model on a text: its record goes to OUT/runs, the model to OUT/models.
 
     The same command started again goes on where it was stopped, and trains nothing that is finished. Started as
-    `torchrun --nproc_per_node=2 -m tinylm train ...` it trains in several processes, to the same losses.
+    `torchrun --nproc_per_node=2 -m tinylm train ...` it trains in several processes, to the same losses but for
+    rounding and dropout.
     """
     data, model, training = (_config(kind, values) for kind in (DataConfig, ModelConfig, TrainConfig))
     from tinylm.ranks import joined
@@ -166,9 +167,12 @@ def train(out: str, **values) -> None:
     if record is None:  # the first process tells
         return
     if record["val_loss"] is None:
-        raise LabError(
-            f"Training must succeed, and this run {record['status']}", record["reason"], "lower learning_rate"
-        )
+        way_out = "lower learning_rate"
+        if record["status"] != "diverged":
+            way_out = (
+                "mend what it names (want of memory: a smaller model or batch_size), and start the same command again"
+            )
+        raise LabError(f"Training must succeed, and this run {record['status']}", record["reason"], way_out)
     bits = "" if record["val_bpb"] is None else f", {record['val_bpb']:.4f} bits per byte"
     click.echo(f"{record['status']}: val_loss {record['val_loss']:.4f} nats per token{bits}")
     click.echo(f"record: {Path(out, 'runs', record['run_id'] + '.json')}")

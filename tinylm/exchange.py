@@ -7,6 +7,7 @@ anything is written. The files are written and read here, without transformers; 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -24,6 +25,7 @@ from tinylm.tokenizer import Tokenizer
 from tinylm.tokenizer_json import ImportedTokenizer, read_object, read_tokenizer, to_json
 
 WINDOW = 2048  # tokens of context that an imported model gets where no other window is asked for
+OURS = {"format": "pt", "written_by": "tinylm"}  # in the header of the weights, by which an earlier export is known
 WRITTEN = ("model.safetensors", "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "config.json")
 
 _OUTSIDE = {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
@@ -94,7 +96,7 @@ def export_hf(model: TinyLM, tokenizer: Tokenizer | None, folder: str | os.PathL
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise disk_error(error, folder) from error
-    write_whole(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
+    write_whole(folder / "model.safetensors", save(weights, metadata=OURS))
     if tokenizer:
         options = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.max_seq_len}
         options["clean_up_tokenization_spaces"] = False
@@ -107,8 +109,13 @@ def export_hf(model: TinyLM, tokenizer: Tokenizer | None, folder: str | os.PathL
 
 
 def _others(folder: Path) -> list[str]:
+    """What a folder holds that no earlier export left there."""
     try:
-        return sorted(path.name for path in folder.iterdir() if path.name not in WRITTEN and path.suffix != ".part")
+        names = sorted(path.name for path in folder.iterdir() if path.suffix != ".part")
+        with contextlib.suppress(OSError, SafetensorError), safe_open(folder / WRITTEN[0], framework="pt") as weights:
+            if weights.metadata() == OURS:  # they are the first that is written, and the last that goes
+                return [name for name in names if name not in WRITTEN]
+        return names
     except OSError as error:
         raise LabError(
             "The folder must be one that can be read", f"{folder}: {error.strerror}", "name another"
@@ -122,6 +129,7 @@ def _check_expressible(config: ModelConfig) -> None:
         "mlp": (config.mlp, "swiglu"),
         "position": (config.position, "rope"),
         "attention_scale": (config.attention_scale, config.head_dim**-0.5),
+        "qk_norm": (config.qk_norm, False),
     }
     wrong = [f"{name}={value!r}" for name, (value, wanted) in told.items() if value != wanted]
     if wrong:

@@ -47,7 +47,7 @@ def writing_aside(path: str | os.PathLike) -> Iterator[BinaryIO]:
     path, aside = Path(path), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for old in path.parent.glob(".*.part"):  # what a killed process left behind
+        for old in path.parent.glob(".*.????????.part"):  # what a killed process left behind, named as below
             with contextlib.suppress(OSError):
                 if time.time() - old.stat().st_mtime > 86400:
                     old.unlink()

@@ -110,6 +110,12 @@ def joined(device: str) -> Iterator[Ranks]:
         return
     ranks = Ranks(rank, size, *here)
     if device.startswith("cuda"):
+        if (count := torch.cuda.device_count() if torch.cuda.is_available() else 0) < ranks.local_size:
+            raise LabError(
+                "Each process of a run needs a GPU of its own",
+                f"device={device!r} for {ranks.local_size} processes on a machine with {count}",
+                "lower --nproc_per_node, or use device='cpu'",
+            )
         torch.cuda.set_device(ranks.local_rank)
     with _together(ranks):
         kind = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"

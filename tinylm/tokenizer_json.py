@@ -240,25 +240,57 @@ def _from_json(told: dict) -> tuple[list[bytes], Callable[[str], list[int]]]:
 
     normalise = [_normaliser(step) for step in _flat(told.get("normalizer"), "normalizers")]
     cuts = [_cutter(step) for step in _flat(told.get("pre_tokenizer"), "pretokenizers")]
-    first = _first_ids(told.get("post_processor"), added)
-    names = re.compile("(" + "|".join(map(re.escape, sorted(added, key=len, reverse=True))) + ")") if added else None
+    first = _first_ids(told.get("post_processor"))
+
+    def normal(text: str) -> str:
+        for step in normalise:
+            text = step(text)
+        return text
+
+    # Added tokens are looked for in the text as it is, or where they say so, both they and it normalised.
+    told_added = told.get("added_tokens") or []
+    plain = _added([(token["content"], token) for token in told_added if not token.get("normalized")])
+    normalised = _added([(normal(token["content"]), token) for token in told_added if token.get("normalized")])
 
     def encode(text: str) -> list[int]:
         ids = list(first)
-        for number, part in enumerate(names.split(text) if names else [text]):
-            if names and part in added and number % 2:
-                ids.append(added[part])
+        for number, (part, found) in enumerate(plain(text)):
+            if found is not None:
+                ids.append(found)
                 continue
-            for step in normalise:
-                part = step(part)
-            words = [part] if part else []
-            for cut in cuts:
-                words = [piece for word in words for piece in cut(word, number == 0) if piece]
-            for word in words:
-                ids += ids_of(word)
+            for place, (piece, found) in enumerate(normalised(normal(part))):
+                if found is not None:
+                    ids.append(found)
+                    continue
+                words = [piece] if piece else []
+                for cut in cuts:
+                    words = [inner for word in words for inner in cut(word, number == place == 0) if inner]
+                for word in words:
+                    ids += ids_of(word)
         return ids
 
     return raw, encode
+
+
+def _added(tokens: list[tuple[str, dict]]) -> Callable[[str], list[tuple[str, int | None]]]:
+    """What cuts a text at added tokens, each given with its spelling: texts with None, and in between the ids found. Of two
+    that start together the longer is taken; some stand only as a word of their own, or take the white space beside them."""
+    tokens = sorted(((text, token) for text, token in tokens if text), key=lambda pair: -len(pair[0]))
+    spellings = []
+    for text, token in tokens:
+        spelling = rf"(?<!\w){re.escape(text)}(?!\w)" if token.get("single_word") else re.escape(text)
+        before, after = (f"[{_WHITE}]*" if token.get(side) else "" for side in ("lstrip", "rstrip"))
+        spellings.append(f"({before}{spelling}{after})")
+    pattern = re.compile("|".join(spellings))
+
+    def cut(text: str) -> list[tuple[str, int | None]]:
+        parts, end = [], 0
+        for match in pattern.finditer(text) if tokens else ():
+            parts += [(text[end : match.start()], None), ("", tokens[match.lastindex - 1][1]["id"])]
+            end = match.end()
+        return [*parts, (text[end:], None)]
+
+    return cut
 
 
 def _merge(ids: list[int], merges: dict[tuple[int, int], tuple[int, int]]) -> list[int]:
@@ -363,7 +395,7 @@ def _cutter(step: dict) -> Callable[[str, bool], list[str]]:
     raise _unknown(f"a pre-tokenizer {kind}")
 
 
-def _first_ids(step: dict | None, added: dict[str, int]) -> list[int]:
+def _first_ids(step: dict | None) -> list[int]:
     """The ids that stand before a text."""
     first: list[int] = []
     for one in _flat(step, "processors"):

@@ -30,7 +30,7 @@ from torch import Tensor
 from tinylm import backend
 from tinylm.checkpoint import copy_weights, load_state, save_state
 from tinylm.config import ModelConfig, TrainConfig
-from tinylm.errors import ConfigError, LabError, TextError
+from tinylm.errors import ConfigError, DamagedFileError, LabError, TextError
 from tinylm.files import sha256_bytes
 from tinylm.model import TinyLM
 from tinylm.ranks import ALONE, Ranks
@@ -100,7 +100,8 @@ class TextDataset:
         """How many distinct tokens are a target in at least one of these windows."""
         if len(indices) == 0:
             return 0
-        steps = np.diff(np.sort(indices)) * self.stride
+        apart = -(-self.max_seq_len // self.stride)  # windows so far apart share no target
+        steps = np.minimum(np.diff(np.sort(indices)), apart).astype(np.int64) * self.stride
         return int(np.minimum(steps, self.max_seq_len).sum()) + self.max_seq_len
 
     def subset(self, unique_tokens: int | None) -> np.ndarray:
@@ -110,7 +111,7 @@ class TextDataset:
         None, or all there is, gives all windows. Raises TextError where the text has fewer tokens.
         """
         if unique_tokens is None:
-            return np.arange(len(self))
+            return _range(len(self))
         if unique_tokens > len(self.tokens) - 1:
             raise TextError(
                 "unique_tokens may not exceed what the text holds",
@@ -232,8 +233,8 @@ class Trainer:
     the end, and looked for at the start. progress: a bar, or plain lines without a screen. on_eval: called with each
     point of the curve. arithmetic: how to compute, where that was resolved before (see ``backend.resolve``). ranks: the
     processes that train this run together, each with a Trainer of its own and all else equal (see ``ranks``); the losses are
-    those of one process to rounding, and a checkpoint may be gone on with on another number of them. Only the first
-    of them writes, shows progress and calls on_eval.
+    those of one process to rounding (dropout apart, which each draws for its own part), and a checkpoint may be gone on with on
+    another number of them. Only the first of them writes, shows progress and calls on_eval.
 
     Weight decay falls on matrices and embeddings, not on norms and biases. Every evaluation before the last scores a
     fixed part of eval_tokens, at most a quarter of them and an eighth of the tokens trained on in between (but 8
@@ -352,12 +353,24 @@ class Trainer:
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "best": {}}
         for name, value in tensors.items():
             part, _, rest = name.partition(".")
-            parts[part][rest] = value.clone()  # out of the file's buffer
+            parts.setdefault(part, {})[rest] = value.clone()  # out of the file's buffer
+        progress, shapes = meta.get("progress"), {name: p.shape for name, p in self.model.named_parameters()}
+        moments = {name: value.shape for name, value in parts["optimizer"].items()}
+        best = {name: value.shape for name, value in parts["best"].items()}
+        if (
+            not _is_progress(progress, self.config.max_steps)
+            or moments != {"first": self.lane.first.shape, "second": self.lane.second.shape}
+            or (best and best != shapes)
+            or len(parts) > 3
+        ):  # a hash tells damage, and not who wrote the file
+            raise DamagedFileError(
+                "A checkpoint must hold what a Trainer writes", self.checkpoint, "delete it to start its run anew"
+            )
         copy_weights(self.model, parts["model"], self.checkpoint)
         self.lane.first.copy_(parts["optimizer"]["first"])
         self.lane.second.copy_(parts["optimizer"]["second"])
         self._best_weights = {name: value.to(self.device) for name, value in parts["best"].items()}
-        for name, value in meta["progress"].items():
+        for name, value in progress.items():
             setattr(self, name, value)
         self.lane.steps = self.step - self._skipped
 
@@ -529,11 +542,27 @@ class Trainer:
         return self.windows[_shuffle(len(self.windows), "order", self.config.seed, 0)]
 
 
-# What a checkpoint keeps besides tensors and the loss scale: attributes of the Trainer that are plain values.
-_PROGRESS = (
-    *("step", "curve", "_status", "_reason", "_first_loss", "_losses", "_seconds", "_step_seconds", "_best"),
-    *("_loss_scale", "_good_steps", "_skipped"),
-)
+# What a checkpoint keeps besides tensors: attributes of the Trainer that are plain values, and what they may be.
+_NUMBER = (int, float)
+_PROGRESS = {
+    **{"step": int, "curve": list, "_status": (str, type(None)), "_reason": (str, type(None))},
+    **{"_first_loss": (*_NUMBER, type(None)), "_losses": (list, tuple), "_seconds": _NUMBER, "_step_seconds": _NUMBER},
+    **{"_best": (dict, type(None)), "_loss_scale": _NUMBER, "_good_steps": int, "_skipped": int},
+}
+
+
+def _is_progress(told: object, max_steps: int) -> bool:
+    """Whether a checkpoint's ``progress`` is of the kind that ``Trainer.save`` writes, and nothing besides."""
+    if not isinstance(told, dict) or told.keys() != _PROGRESS.keys():
+        return False
+    if not all(isinstance(told[name], kind) for name, kind in _PROGRESS.items()):
+        return False
+    points = [*told["curve"], *([] if told["_best"] is None else [told["_best"]])]
+    plain = all(isinstance(point, dict) and isinstance(point.get("step"), int) for point in points)
+    plain = plain and all(isinstance(p.get(name), _NUMBER) for p in points for name in ("train_loss", "val_loss"))
+    plain = plain and all(isinstance(point.get("val_bpb"), (*_NUMBER, type(None))) for point in points)
+    losses = len(told["_losses"]) == 2 and all(isinstance(value, _NUMBER) for value in told["_losses"])
+    return plain and losses and 0 <= told["_skipped"] <= told["step"] <= max_steps
 
 
 def train_together(
@@ -631,8 +660,16 @@ def _seed(*parts: str | int) -> np.ndarray:
 
 
 def _shuffle(count: int, *parts: str | int) -> np.ndarray:
-    """A permutation of range(count). RandomState, because numpy promises its stream for all versions to come."""
-    return np.random.RandomState(_seed(*parts)).permutation(count)
+    """A permutation of range(count). RandomState, because numpy promises its stream for all versions to come; what it draws
+    does not depend on the type of what is shuffled."""
+    order = _range(count)
+    np.random.RandomState(_seed(*parts)).shuffle(order)
+    return order
+
+
+def _range(count: int) -> np.ndarray:
+    """Numbers of windows in four bytes each, as long as they go in: of a large text there are many millions."""
+    return np.arange(count, dtype=np.uint32 if count <= 1 << 32 else np.int64)
 
 
 @contextlib.contextmanager

@@ -375,7 +375,7 @@ def _unfinished(folder: Path) -> Iterator[Finding]:
     if busy:
         yield Finding(OK, about, f"{len(busy)} runs are being trained now: {', '.join(busy[:5])}")
     names = {path.name for path in (folder / ".checkpoints").glob("*") if path.is_dir()} - set(busy)
-    ended = {name for name in names if (folder / "runs" / f"{name}.json").exists()}
+    ended = {name for name in names if _is_over(folder, name)}
     if begun := sorted(names - ended):
         words = f"{len(begun)} runs were cut off ({', '.join(begun[:5])}); asked for again, they go on from there"
         yield Finding(LOOK, about, words, f"start the study again, or {clean}")
@@ -388,6 +388,14 @@ def _unfinished(folder: Path) -> Iterator[Finding]:
     if drafts:
         words = f"{len(drafts)} half-written files of killed processes; they do no harm"
         yield Finding(LOOK, str(folder), words, f"`tinylm clean {cache.LEFTOVERS} --results {folder}` removes them")
+
+
+def _is_over(folder: Path, run_id: str) -> bool:
+    """Whether a run is recorded and will not be tried again, as one that failed will."""
+    try:
+        return runs.Folder(folder).result(run_id) is not None
+    except (LabError, KeyError):
+        return False
 
 
 def _checkpoints(folder: Path, names: list[str]) -> Iterator[Finding]:
@@ -420,6 +428,8 @@ def _forecasts(folder: Path) -> Iterator[Finding]:
         try:
             forecasts._read(path)
             good += 1
+        except runs.OtherSchemaError as error:
+            yield Finding(LOOK, about, f"{path.name} is of another schema ({error.got})", error.fix or "")
         except LabError as error:
             yield Finding(BROKEN, about, f"{path.name} is not as it was sealed ({error.got})", error.fix or "")
     if good < len(seals):

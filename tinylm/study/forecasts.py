@@ -22,10 +22,12 @@ from scipy import stats
 
 from tinylm import files
 from tinylm.errors import DamagedFileError, LabError
+from tinylm.study.runs import OtherSchemaError
 from tinylm.study.scaling import Fit
 
 TARGET = ("params_total", "tokens", "learning_rate", "run_id")
 PREDICTION = ("loss", "low", "high")
+SCHEMA = 1  # of a seal and of a score
 LEVEL = 0.95  # of every interval sealed
 HALF_WIDTH = stats.norm.ppf(0.5 * (1 + LEVEL))  # of such an interval, in standard deviations
 
@@ -61,7 +63,7 @@ def seal(
     if path.exists():
         _read(path)
         return path
-    return _write_once(path, {"schema": 1, **content, "hash": digest, "time": _utc(time).isoformat()})
+    return _write_once(path, {"schema": SCHEMA, **content, "hash": digest, "time": _utc(time).isoformat()})
 
 
 def score(folder: str | os.PathLike, seal: str | os.PathLike, observed: dict) -> dict:
@@ -92,7 +94,7 @@ def score(folder: str | os.PathLike, seal: str | os.PathLike, observed: dict) ->
             f"sealed for run {forecast['target']['run_id']}, observed run {observed['run_id']}",
             "train the sealed run, or seal a forecast for this one before it is trained",
         )
-    result = {"schema": 1, "seal": forecast["hash"], "run_id": observed["run_id"]}
+    result = {"schema": SCHEMA, "seal": forecast["hash"], "run_id": observed["run_id"]}
     if diverged:
         result |= {"observed": None, "started": started.isoformat(), "error": None, "error_percent": None}
         result |= {"inside": False, "status": "diverged"}
@@ -273,11 +275,19 @@ def _write_once(path: Path, content: dict) -> Path:
 def _read(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if content["schema"] != SCHEMA:
+            raise OtherSchemaError(
+                f"This version of tinylm reads schema {SCHEMA} of sealed forecasts and their scores",
+                f"{path}: schema {content['schema']!r}",
+                "use the version of tinylm that wrote it",
+            )
         checksum = content.pop("checksum")
         same = files.sha256_bytes(files.canonical_json(content).encode()) == checksum
         if "target" in content:
             said = {name: content[name] for name in ("study", "target", "prediction", "fit")}
             same = same and files.sha256_bytes(files.canonical_json(said).encode()) == content["hash"]
+    except OtherSchemaError:
+        raise
     except FileNotFoundError as error:
         raise LabError(
             "There must be a sealed forecast of that name", path, "see load(folder) for the names"

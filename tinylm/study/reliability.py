@@ -240,6 +240,7 @@ def damages(folder: Path, count: int, seed: int = 0) -> pd.DataFrame:
 
 # Kills.
 
+EARLY = 0.2  # share of the moments that are drawn from the time before the first step, while things start
 WAYS = {  # how work is ended, and by whom
     "SIGKILL to all": ("sweep", "run"),
     "SIGKILL to the parent": ("sweep",),
@@ -450,7 +451,7 @@ def kills(folder: Path, count: int, seed: int = 0, each: int = 5, say: Callable[
     """End a sweep and a long run at ``count`` random moments, ``each`` of them one after another in one folder, and let them
     go on; one row each: work, way, seconds after the start, records by then, and what was wrong (empty where nothing).
 
-    Runs on Linux, where processes are found in /proc. One moment in five falls before the first step, while things start.
+    Runs on Linux, where processes are found in /proc. A share ``EARLY`` of the moments is drawn soon after each start.
     """
     rng = random.Random(seed)
     rows: list[dict] = []
@@ -498,7 +499,7 @@ def _one_after_another(kind: str, place: Path, text: Path, calm: Calm, moments: 
 
 def _moment(now: Work, calm: Calm, before: dict[str, bytes], rng: random.Random) -> dict | None:
     """Wait for a random moment of the work and do to it what is drawn; None where it ended before."""
-    early = rng.random() < 0.2
+    early = rng.random() < EARLY
     pause = rng.uniform(0, calm.start if early else 0.6 * calm.rest)
     if not early and not now.wait(now.is_training, 600):
         return None
@@ -521,7 +522,7 @@ def _moment(now: Work, calm: Calm, before: dict[str, bytes], rng: random.Random)
 
 def fuzz(examples: int, folder: Path) -> pd.DataFrame | None:
     """Feed each reader that many examples, by tests/test_fuzz.py; None where the tests are not at hand. Columns: reader,
-    examples, seconds, wrong."""
+    examples, seconds, wrong. Where a test fails, what it says is printed, and a failure of no reader has a row of its own."""
     tests = repository() / "tests" / "test_fuzz.py"
     if not tests.exists():
         return None
@@ -533,7 +534,12 @@ def fuzz(examples: int, folder: Path) -> pd.DataFrame | None:
     )
     if not log.exists():
         raise LabError("The fuzzers must run", done.stdout[-2000:] + done.stderr[-2000:], "mend what is said there")
-    return pd.DataFrame(json.loads(log.read_text()))
+    rows = json.loads(log.read_text())
+    if done.returncode:
+        print(done.stdout[-5000:], done.stderr[-1000:])
+        if not any(row["wrong"] for row in rows):
+            rows.append({"reader": "other checks", "examples": 1, "seconds": 0.0, "wrong": 1})
+    return pd.DataFrame(rows)
 
 
 def write_report(folder: Path, found: dict[str, pd.DataFrame], seconds: float, seed: int) -> Path:
@@ -554,7 +560,12 @@ def write_report(folder: Path, found: dict[str, pd.DataFrame], seconds: float, s
                 "give a value or an error that is meant for a person."
             )
             specs = {"reader": "", "examples": ",d", "seconds": ",.0f", "wrong": ",d"}
-            report.table(found["fuzz"], "fuzz", "Examples by reader; wrong: any other error, or no end.", **specs)
+            report.table(
+                found["fuzz"],
+                "fuzz",
+                "Examples by reader; wrong: 1 where there was any other error, or no end.",
+                **specs,
+            )
         report.section("How this was made")
         report.text(
             f"`make soak`, {day}, seed {seed}, {duration(seconds)} on {machine['cpu']} with {os.cpu_count()} processors, torch "
@@ -571,6 +582,9 @@ _KINDS: dict[str, Callable[[pd.DataFrame], str]] = {
     "kills": lambda rows: (
         f"{_of(int((rows['wrong'] == '').sum()), len(rows))} random moments of a sweep and of a long run survived: nothing "
         "finished lost or trained again, nothing half written believed, and the end bit-equal to undisturbed work."
+        if (rows["wrong"] == "").all()
+        else f"{_of(int((rows['wrong'] == '').sum()), len(rows))} random moments of a sweep and of a long run survived; what was "
+        "wrong after the others stands below."
     ),
     "damages": lambda rows: (
         f"{_of(int(rows['outcome'].isin(GOOD_ENDS).sum()), len(rows))} damaged files handled: refused with the way out, made "
@@ -579,8 +593,8 @@ _KINDS: dict[str, Callable[[pd.DataFrame], str]] = {
         else f"{_of(int(rows['outcome'].isin(GOOD_ENDS).sum()), len(rows))} damaged files handled; the others stand below."
     ),
     "fuzz": lambda rows: (
-        f"{int(rows['examples'].sum()):,} generated inputs to {len(rows)} readers in {duration(rows['seconds'].sum())}: "
-        f"{int(rows['wrong'].sum())} with an error that no person is meant to read."
+        f"{int(rows['examples'].sum()):,} readings of generated input by {len(rows)} readers in {duration(rows['seconds'].sum())}; "
+        f"readers that gave an error that no person is meant to read, or came to no end: {int(rows['wrong'].sum())}."
     ),
 }
 
@@ -590,7 +604,9 @@ def _tell_kills(report: Report, rows: pd.DataFrame) -> None:
     report.text(
         "A sweep of two worker processes and one long run, each started, ended at a random moment and started again, several "
         "times in one folder. After each end every record, model and checkpoint on disk is read, and no process may be left "
-        "over; at last records and models are compared, bit for bit, with those of work that nobody disturbed."
+        "over; at last records and models are compared, bit for bit, with those of work that nobody disturbed, and what is "
+        f"wrong then counts to the last moment in that folder. About {EARLY:.0%} of the moments are drawn from the time that "
+        "things take to start, when little can be lost yet."
     )
     table = rows.groupby(["work", "way"], as_index=False).agg(
         moments=("way", "size"), survived=("wrong", lambda wrong: int((wrong == "").sum())),

@@ -543,14 +543,36 @@ class Folder:
                 (self.checkpoints / leftover).unlink(missing_ok=True)
 
     def tidy(self) -> None:
-        """Remove what writers that were killed left lying for an hour, and the checkpoint folder where it is empty."""
+        """Remove what writers that were killed left lying for an hour, checkpoints of runs whose record stands (its writer
+        was killed before it came to them), and the checkpoint folder where it is empty."""
         with contextlib.suppress(OSError):
             for path in [*self.path.glob(".*.part"), *self.runs.glob(".*.part"), *self.models.glob(".*.part")]:
                 if time.time() - path.stat().st_mtime > 3600:
                     path.unlink()
+        with contextlib.suppress(OSError, LabError):
+            for run_id in sorted({path.stem for path in self.checkpoints.iterdir()}):
+                if self.result(run_id):
+                    self.clear_checkpoint(run_id)
         with contextlib.suppress(OSError):
-            (self.checkpoints / "folder.lock").unlink(missing_ok=True)
+            self._remove_lock_nobody_holds(self.checkpoints / "folder.lock")
             self.checkpoints.rmdir()
+
+    def _remove_lock_nobody_holds(self, path: Path) -> None:
+        """Removed from under its holder, it would let a third one in."""
+        handle = None
+        try:
+            if fcntl and path.exists():
+                handle = os.open(path, os.O_RDWR)
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return
+                except OSError:  # a file system without locks
+                    pass
+            path.unlink(missing_ok=True)
+        finally:
+            if handle is not None:
+                os.close(handle)
 
 
 def _differences(there: dict, here: dict) -> list[str]:
@@ -666,10 +688,12 @@ def train_run(
     task = folder.task(run, home, keep_model)
     if task and (record := folder.result(task.run_id)):
         folder.check_own_text(run)
+        folder.clear_checkpoint(task.run_id)  # of a process that was killed between the record and its end
     else:
         folder.admit([(run, prepare_corpus(run, progress))])
         (record,) = perform([folder.task(run, home, keep_model)], progress, ranks)
-    ranks.tell(None)  # there is nothing more to follow in
+    if record["status"] != "failed":  # else the others may be in the middle of a step: they end when this process does
+        ranks.tell(None)  # there is nothing more to follow in
     if record["status"] == "stopped" and not _stop.is_set():  # the Trainer took a Ctrl-C to write a last checkpoint
         raise KeyboardInterrupt
     return record
@@ -683,7 +707,16 @@ def _follow(ranks: Ranks) -> None:
     while told := ranks.tell():
         task = Task(**{**told, "run": Run.from_dict(told["run"])})
         _check_machine(task)
-        (result,) = train_together([_trainer(task, None, False, ranks)])
+        try:
+            (result,) = train_together([_trainer(task, None, False, ranks)])
+        except (LabError, OSError):
+            raise
+        except Exception as error:
+            raise LabError(
+                "Each process of a run must be able to train its part",
+                f"process {ranks.rank} of {ranks.size}: {_told(error)}",
+                "mend what it names, or start fewer processes; the same command goes on from the last checkpoint",
+            ) from error
     if result and result.status == "stopped":
         raise KeyboardInterrupt
 
@@ -730,7 +763,8 @@ def perform(
                 if len(todo) == 1:
                     records[todo[0].run_id] = record = failed_record(todo[0], _told(error))
                     write_record(folder.path, record)
-                    folder.clear_checkpoint(todo[0].run_id)
+                    if not any((folder.checkpoints / todo[0].run_id).glob("*")):  # else the next try goes on from there
+                        folder.clear_checkpoint(todo[0].run_id)
     for task in tasks:
         if task.run_id not in records:
             (records[task.run_id],) = perform([task], progress, ranks, watch)

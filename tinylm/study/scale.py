@@ -25,7 +25,7 @@ FACTORS = (1, 100, 10_000)
 DEVICES = {"A100": 312e12, "H100": 989e12}
 UTILISATION = 0.3  # share of that rate which training reaches; an assumption, and a kind one for narrow models
 BYTES_A_PARAMETER = 16  # fp32 weights, their gradient, and AdamW's two moments
-BYTES_A_WINDOW = 16  # a window's number, and its place in the order of the epoch
+BYTES_A_WINDOW = 8  # a window's number, and its place in the order of the epoch
 MORE = (
     (640, 10, 10),
     (768, 12, 12),
