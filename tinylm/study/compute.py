@@ -62,7 +62,7 @@ PRESETS = {
         tuned_up_to=8e9,
         repeated=(8e9,),
         batches=(4e9, 8e9),
-        promised=(0.05, 0.1),
+        promised=(0.1, 0.2),
     ),
     "quick": Preset((1e11, 3.2e11, 1e12), tuned_up_to=3.2e11, repeated=(3.2e11,), batches=(1e11, 3.2e11)),
     "full": Preset(
