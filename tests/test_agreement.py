@@ -43,7 +43,7 @@ def test_what_agrees_is_told_with_its_figures(tmp_path):
     assert "**2 of 2** runs of a sweep on a Dask cluster" in page and "bit for bit." in page
     assert "to rounding: at most 1.0e-06 of the loss apart in 200 steps" in page
     assert "**0.84** (0.82 to 0.87) at 130k parameters" in page and "Other work took 1.0% of the processor" in page
-    assert "differ by 2.0e-05 at most, 1.0e-06 of the largest; **1 of 1**" in page and "over 100 tokens" in page
+    assert "**1 of 1** exported models" in page and "2.0e-05 at most, and by 1.0e-06 of the largest" in page
     assert not [name for name in ("cluster", "ranks", "exchange") if wrong(name)]
 
 
@@ -56,7 +56,7 @@ def test_what_does_not_agree_is_told_and_counted(tmp_path):
     )
     assert "**1 of 2** runs of a sweep" in page and "bit for bit" not in page and "curve, val_loss" in page
     assert "does not give the losses of one" in page and "to rounding" not in page
-    assert "**1 of 2** stay within" in page
+    assert "**1 of 2** exported models" in page
     assert wrong("cluster", differs="status") == wrong("ranks", apart=0.01) == wrong("ranks", apart=float("nan")) == 1
     assert wrong("exchange", relative=2e-5) == wrong("exchange", same_tokens=99) == 1
 

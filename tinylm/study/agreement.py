@@ -284,8 +284,8 @@ def _say_cluster(rows: pd.DataFrame) -> str:
 def _tell_cluster(report: Report, rows: pd.DataFrame) -> None:
     report.section("A cluster that loses a worker")
     report.text(
-        "The sweep that is killed above, here by two Dask workers, one of which gets SIGKILL, and by this machine's own worker "
-        "processes. Whole records are compared, curves included, but for times."
+        "A sweep of two shapes and several lengths, with a run that diverges, by two Dask workers, one of which gets SIGKILL, and "
+        "by this machine's own worker processes. Whole records are compared, curves included, but for times."
     )
     specs = {"hidden_size": "d", "max_steps": ",d", "seed": "d", "status": "", "cut_off": ""}
     specs |= {"val_loss": ".6f", "val_loss_local": ".6f", "differs": ""}
@@ -348,10 +348,9 @@ def _other_models(rows: pd.DataFrame) -> int:
 
 def _say_exchange(rows: pd.DataFrame) -> str:
     return (
-        f"Of {len(rows)} models of these results that transformers loads from an export, the logits differ by "
-        f"{rows['difference'].max():.1e} at most, {rows['relative'].max():.1e} of the largest; "
-        f"{of(len(rows) - _other_models(rows), len(rows))} stay within {CLOSE:.0e} and write the same text greedily over "
-        f"{rows['tokens'].max()} tokens."
+        f"{of(len(rows) - _other_models(rows), len(rows))} exported models compute in transformers what they do here, within "
+        f"{CLOSE:.0e} of the largest logit, and write the same text greedily over {rows['tokens'].max()} tokens; the logits differ "
+        f"by {rows['difference'].max():.1e} at most, and by {rows['relative'].max():.1e} of the largest."
     )
 
 

@@ -553,7 +553,8 @@ def keep(folder: Path, part: str, tables: dict[str, pd.DataFrame], seconds: floa
 
 def _standing(folder: Path, name: str) -> pd.DataFrame | None:
     path = folder / "tables" / f"{name}.csv"
-    return pd.read_csv(path).fillna({"wrong": "", "differs": ""}) if path.exists() else None
+    words = {"differs": str, "wrong": lambda cell: int(cell) if cell.isdigit() else cell}  # empty is no missing number
+    return pd.read_csv(path, converters=words) if path.exists() else None
 
 
 def draw(folder: Path) -> Path:
