@@ -553,8 +553,12 @@ def keep(folder: Path, part: str, tables: dict[str, pd.DataFrame], seconds: floa
 
 def _standing(folder: Path, name: str) -> pd.DataFrame | None:
     path = folder / "tables" / f"{name}.csv"
-    words = {"differs": str, "wrong": lambda cell: int(cell) if cell.isdigit() else cell}  # empty is no missing number
-    return pd.read_csv(path, converters=words) if path.exists() else None
+    if not path.exists():
+        return None
+    rows = pd.read_csv(path)
+    for words in {"wrong", "differs"} & set(rows):  # where nothing is wrong they are empty, and no missing numbers
+        rows[words] = rows[words].astype(object).where(rows[words].notna(), "")
+    return rows
 
 
 def draw(folder: Path) -> Path:
