@@ -22,7 +22,8 @@ help:
 	@echo 'make lab        open the labs in JupyterLab, on this machine only'
 	@echo 'make screenshots  open every lab in a browser, play, and keep its picture in labs/pictures'
 	@echo 'make bench      measure speed on this idle machine: ONLY=training,sweep PRESET=smoke|full FORCE=1'
-	@echo 'make soak       kill work, damage files, feed readers nonsense: KILLS=200 DAMAGES=1000 EXAMPLES=2000 SEED=0'
+	@echo 'make soak       kill work, damage files, feed readers nonsense, compare with other places: KILLS=200 DAMAGES=1000'
+	@echo '                EXAMPLES=2000 SEED=0 ONLY=ranks,exchange,cluster,damages,fuzz,kills (and large-text, report)'
 	@echo 'make test       the quick tests (make test-slow: the others)'
 	@echo 'make check      format and lint (make format: mend both)'
 	@echo 'make clean      remove what tools leave behind; results and the environment stay'
@@ -43,8 +44,8 @@ bench: test-environment
 	$(PY) -m tinylm bench $(if $(ONLY),--only "$$ONLY") $(if $(PRESET),--preset "$$PRESET") $(if $(FORCE),--force)
 
 soak: test-environment
-	$(PY) -m tinylm.study.reliability $(if $(KILLS),--kills "$$KILLS") $(if $(DAMAGES),--damages "$$DAMAGES") \
-		$(if $(EXAMPLES),--examples "$$EXAMPLES") $(if $(SEED),--seed "$$SEED")
+	$(PY) -m tinylm.study.reliability $(if $(ONLY),--only "$$ONLY") $(if $(KILLS),--kills "$$KILLS") \
+		$(if $(DAMAGES),--damages "$$DAMAGES") $(if $(EXAMPLES),--examples "$$EXAMPLES") $(if $(SEED),--seed "$$SEED")
 
 test: test-environment
 	$(PY) -m pytest -m "not slow"

@@ -158,21 +158,44 @@ def test_the_report_tells_what_was_found_and_what_was_not_survived(tmp_path):
     ends = ["refused", "made anew", "made anew", "believed"]
     damages = pd.DataFrame({"kind": "record", "file": "a", "way": "emptied", "outcome": ends, "words": ""})
     fuzz = pd.DataFrame([{"reader": "texts", "examples": 1200, "seconds": 9.0, "wrong": 0}])
-    page = reliability.write_report(tmp_path, {"kills": kills, "damages": damages, "fuzz": fuzz}, 60.0, 7)
-    told = page.read_text()
+    found = {"moments": kills, "damages": reliability.by_kind(damages), "fuzz": fuzz}
+    for name, rows in found.items():
+        reliability.keep(tmp_path, name, {name: rows}, 60.0, 7)
+    told = reliability.draw(tmp_path).read_text()
     assert (
         "**1 of 2** random moments" in told
         and "**3 of 4** damaged files" in told
         and "1,200 readings of generated input" in told
     )
-    assert "a.json was lost" in told and "| believed |" in told and "seed 7" in told
+    assert "a.json was lost" in told and "| believed |" in told
     assert "nothing finished lost" not in told and "what was wrong after the others stands below" in told
+    assert [reliability.SECTIONS[name].wrong(rows) for name, rows in found.items()] == [1, 1, 0]
     assert pd.read_csv(tmp_path / "tables" / "damages.csv").loc[0, "believed"] == 1
-    assert len(pd.read_csv(tmp_path / "tables" / "moments.csv")) == 2
-    calm = reliability.write_report(tmp_path / "calm", {"kills": kills[:1]}, 60.0, 0).read_text()
-    assert "**1 of 1** random moments" in calm and "nothing finished lost" in calm and "stands below" not in calm
-    alone = reliability.write_report(tmp_path / "alone", {"damages": damages[:3]}, 60.0, 0).read_text()
-    assert "none used with other numbers" in alone and "moments.csv" not in alone
+    reliability.keep(tmp_path, "damages", {"damages": reliability.by_kind(damages[:3])}, 60.0, 0)
+    alone = reliability.draw(tmp_path).read_text()
+    assert "none used with other numbers" in alone and "**1 of 2** random moments" in alone
+
+
+def test_what_was_measured_on_another_day_stays_in_the_report(tmp_path):
+    calm = pd.DataFrame([{"number": 0, "work": "run", "way": "SIGTERM", "seconds": 1.5, "records": 0, "wrong": ""}])
+    reliability.keep(tmp_path, "kills", {"moments": calm}, 60.0, 3)
+    before = reliability.draw(tmp_path).read_bytes()
+    assert reliability.draw(tmp_path).read_bytes() == before and b"**1 of 1** random moments" in before
+    assert b"nothing finished lost" in before and b"stands below" not in before
+    fuzz = pd.DataFrame([{"reader": "texts", "examples": 5, "seconds": 9.0, "wrong": 0}])
+    for seconds in (10.0, 20.0):
+        reliability.keep(tmp_path, "fuzz", {"fuzz": fuzz}, seconds, 4)
+    done = CliRunner().invoke(reliability.main, ["--only", "report", "--results-dir", str(tmp_path)])
+    told = (tmp_path / "README.md").read_text()
+    assert done.exit_code == 0 and "**1 of 1** random moments" in told and "5 readings of generated input" in told
+    made = pd.read_csv(tmp_path / "tables" / "made.csv")
+    assert made[["part", "seconds", "seed"]].values.tolist() == [["kills", 60.0, 3], ["fuzz", 20.0, 4]]
+
+
+def test_a_part_that_is_not_there_is_told_before_any_work(tmp_path):
+    for words in (["--only", "kills,fuz"], ["--only", "report"], ["--kills", "0", "--only", "kills"]):
+        sentence(CliRunner().invoke(reliability.main, [*words, "--results-dir", str(tmp_path)]))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_check_that_fails_without_a_reader_at_fault_is_no_success(tmp_path, monkeypatch, capsys):

@@ -30,6 +30,7 @@ from pathlib import Path
 from tinylm import counts, files
 from tinylm.config import DataConfig, GenerateConfig, ModelConfig, TrainConfig
 from tinylm.errors import ConfigError, DamagedFileError, LabError
+from tinylm.ranks import ALONE, Ranks
 from tinylm.study.parameters import repository, within_repository
 
 SCHEMA = 1
@@ -293,7 +294,7 @@ def _token_map(path: Path, count: int, vocab_size: int) -> Path:
     return path
 
 
-def _own_trainer(job: dict) -> object:
+def _own_trainer(job: dict, ranks: Ranks = ALONE) -> object:
     """The package's trainer of a job, far from the end of its schedule."""
     import numpy as np
 
@@ -303,7 +304,7 @@ def _own_trainer(job: dict) -> object:
     config = TrainConfig(
         batch_size=shape.windows, max_steps=10**6, eval_interval=10**6, threads=job["threads"], **job["path"]
     )
-    trainer = Trainer(shape.model, config, tokens, tokens[-(10 * shape.max_seq_len) :])
+    trainer = Trainer(shape.model, config, tokens, tokens[-(10 * shape.max_seq_len) :], ranks=ranks)
     trainer.model.train()
     return trainer
 
@@ -685,12 +686,12 @@ QUIET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}  # transforme
 class _Contender:
     """A process that measures one thing when it is asked to, and sits still otherwise; ends with its ``with`` block."""
 
-    def __init__(self, name: str, job: dict):
+    def __init__(self, name: str, job: dict, command: Sequence[str] = ("-m", "tinylm.study.bench")):
         self.name = name
         threads = str(job["threads"])
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the process)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tinylm.study.bench"],
+            [sys.executable, *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,

@@ -23,6 +23,7 @@ from tinylm import files
 from tinylm.errors import LabError
 
 SHARE = 2.5  # disk needed, in sizes of the text: itself, its ids and some room
+SIZES = (50.0, 5000.0)  # MB
 VOCAB_SIZE, SEQ_LEN, BATCH_SIZE, STEPS = 512, 128, 16, 300
 WORDS, EXPONENT = 5000, 1.1  # words of the made-up language, drawn by a Zipf law
 
@@ -139,7 +140,7 @@ def sentence(rows: Sequence[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tinylm.study.large_text", description=__doc__.partition("\n")[0])
-    parser.add_argument("sizes", nargs="*", type=float, default=[50.0, 5000.0], metavar="MB", help="50 5000 by default")
+    parser.add_argument("sizes", nargs="*", type=float, default=SIZES, metavar="MB", help="50 5000 by default")
     parser.add_argument("--out", type=Path, default=Path("results/local/large_text"), help="where its table goes")
     parser.add_argument("--scratch", type=Path, help="where the texts are made for a while; the cache by default")
     parser.add_argument("--steps", type=int, default=STEPS, help="training steps that are timed")

@@ -1,7 +1,9 @@
 """Bad days, on purpose: files damaged at random, work killed at random moments, readers fed nonsense. What ``make soak`` does.
 
-``python -m tinylm.study.reliability`` writes what came of it to results/reliability: two tables of kills and of damages, one of
-the fuzzers where the tests are at hand, and the report. All of it works in a scratch folder with a cache of its own.
+``python -m tinylm.study.reliability`` measures these parts, and beside them what must come out alike elsewhere (``agreement``),
+into results/reliability. Each part writes its tables when it is measured, and the report is drawn from all tables that stand
+there: parts may be measured on different days, and redrawn without measuring (``--only report``). The work is done in a scratch
+folder with a cache of its own.
 """
 
 from __future__ import annotations
@@ -33,15 +35,13 @@ import pandas as pd
 from tinylm import backend, checkpoint, corpora, tokenizer
 from tinylm.config import DataConfig, ModelConfig, TrainConfig
 from tinylm.errors import LabError
-from tinylm.study import forecasts
+from tinylm.study import agreement, forecasts, large_text
+from tinylm.study.agreement import Section, of, timeless
 from tinylm.study.parameters import repository
 from tinylm.study.report import Report, write_table
 from tinylm.study.runs import Folder, Run, prepare_corpus, read_record, train_run
 from tinylm.study.sweep import CRASHES, GRACE, sweep
 from tinylm.words import duration
-
-# Of a record: what differs between a run and its repetition. A killed sweep leaves other runs to share a stack.
-TIMES = ("started", "finished", "seconds", "tokens_per_second", "checksum", "trained_together")
 
 
 def write_text(path: Path, lines: int, seed: int = 0) -> Path:
@@ -389,12 +389,6 @@ def _records(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (folder / "runs").glob("*.json")}
 
 
-def timeless(record: dict) -> dict:
-    """What must not differ between a run and its repetition."""
-    curve = [{**point, "seconds": None} for point in record["curve"]]
-    return {**{name: value for name, value in record.items() if name not in TIMES}, "curve": curve}
-
-
 def wrong_on_disk(folder: Path, before: dict[str, bytes]) -> list[str]:
     """What a folder shows that it must not: a finished record lost or written again, a file half written."""
     told, now = [], _records(folder)
@@ -517,7 +511,7 @@ def _moment(now: Work, calm: Calm, before: dict[str, bytes], rng: random.Random)
     return {"way": way, "seconds": seconds, "records": len(_records(now.folder)), "wrong": "; ".join(wrong)}
 
 
-# The fuzzers, and the report.
+# The fuzzers.
 
 
 def fuzz(examples: int, folder: Path) -> pd.DataFrame | None:
@@ -542,61 +536,59 @@ def fuzz(examples: int, folder: Path) -> pd.DataFrame | None:
     return pd.DataFrame(rows)
 
 
-def write_report(folder: Path, found: dict[str, pd.DataFrame], seconds: float, seed: int) -> Path:
-    """Tables and README.md of what was found: ``kills``, ``damages``, ``fuzz``, each where it was done."""
-    report = Report(folder, "Reliability: work that is killed, files that are damaged, readers that are fed nonsense")
-    machine, day = backend.machine(), datetime.datetime.now(datetime.UTC).date()
+# The report, from the tables that stand.
+
+
+def keep(folder: Path, part: str, tables: dict[str, pd.DataFrame], seconds: float, seed: int) -> None:
+    """Write the tables of a part that was measured, and into ``made`` when and on what; what other parts left stays."""
+    for name, rows in tables.items():
+        write_table(folder / "tables" / f"{name}.csv", rows)
+    machine, day = backend.machine(), datetime.datetime.now(datetime.UTC).date().isoformat()
+    made = {"part": part, "day": day, "seconds": seconds, "seed": seed, "processor": machine["cpu"]}
+    made |= {"threads": os.cpu_count(), "torch": machine["torch"]}
+    before = _standing(folder, "made")
+    rows = [] if before is None else [row for row in before.to_dict("records") if row["part"] != part]
+    write_table(folder / "tables" / "made.csv", pd.DataFrame([*rows, made]))
+
+
+def _standing(folder: Path, name: str) -> pd.DataFrame | None:
+    path = folder / "tables" / f"{name}.csv"
+    if not path.exists():
+        return None
+    rows = pd.read_csv(path)
+    for words in {"wrong", "differs"} & set(rows):  # where nothing is wrong they are empty, and no missing numbers
+        rows[words] = rows[words].astype(object).where(rows[words].notna(), "")
+    return rows
+
+
+def draw(folder: Path) -> Path:
+    """README.md of what the tables in ``folder`` tell. Raises LabError where there are none."""
+    found = {name: rows for name in SECTIONS if (rows := _standing(folder, name)) is not None}
+    if not found:
+        raise LabError("A report needs tables", f"none in {folder / 'tables'}", "measure some part first")
+    report = Report(folder, "Reliability: bad days, and the same numbers elsewhere")
     with contextlib.redirect_stdout(io.StringIO()):  # outside a notebook what a report displays would be printed
-        said = [_KINDS[name](found[name]) for name in _KINDS if name in found]
-        report.summary("\n".join(f"- {line}" for line in said))
-        if "kills" in found:
-            _tell_kills(report, found["kills"])
-        if "damages" in found:
-            _tell_damages(report, found["damages"])
-        if "fuzz" in found:
-            report.section("Readers that are fed nonsense")
-            report.text(
-                "Each reader gets generated input (text in any encoding, JSON of any shape, tables, parameters) and may only "
-                "give a value or an error that is meant for a person."
-            )
-            specs = {"reader": "", "examples": ",d", "seconds": ",.0f", "wrong": ",d"}
-            report.table(
-                found["fuzz"],
-                "fuzz",
-                "Examples by reader; wrong: 1 where there was any other error, or no end.",
-                **specs,
-            )
+        report.summary("\n".join(f"- {SECTIONS[name].sentence(rows)}" for name, rows in found.items()))
+        for name, rows in found.items():
+            SECTIONS[name].tell(report, rows)
         report.section("How this was made")
         report.text(
-            f"`make soak`, {day}, seed {seed}, {duration(seconds)} on {machine['cpu']} with {os.cpu_count()} processors, torch "
-            f"{machine['torch']}. Other seeds give other moments and other damages."
+            "By `make soak`, or part by part: `make soak ONLY=kills,fuzz`, and the large text with `ONLY=large-text` alone. Other "
+            "seeds give other moments and other damages."
         )
+        if (made := _standing(folder, "made")) is not None:
+            specs = {"part": "", "day": "", "seconds": ",.0f", "seed": "d"}
+            specs |= {"processor": "", "threads": "d", "torch": ""}
+            report.table(made, "made", "When each part was measured last, how long that took, and on what.", **specs)
         return report.write()
 
 
-def _of(good: int, count: int) -> str:
-    return f"**{good:,} of {count:,}**"
-
-
-_KINDS: dict[str, Callable[[pd.DataFrame], str]] = {
-    "kills": lambda rows: (
-        f"{_of(int((rows['wrong'] == '').sum()), len(rows))} random moments of a sweep and of a long run survived: nothing "
-        "finished lost or trained again, nothing half written believed, and the end bit-equal to undisturbed work."
-        if (rows["wrong"] == "").all()
-        else f"{_of(int((rows['wrong'] == '').sum()), len(rows))} random moments of a sweep and of a long run survived; what was "
-        "wrong after the others stands below."
-    ),
-    "damages": lambda rows: (
-        f"{_of(int(rows['outcome'].isin(GOOD_ENDS).sum()), len(rows))} damaged files handled: refused with the way out, made "
-        "anew, or read as before the damage; none used with other numbers."
-        if rows["outcome"].isin(GOOD_ENDS).all()
-        else f"{_of(int(rows['outcome'].isin(GOOD_ENDS).sum()), len(rows))} damaged files handled; the others stand below."
-    ),
-    "fuzz": lambda rows: (
-        f"{int(rows['examples'].sum()):,} readings of generated input by {len(rows)} readers in {duration(rows['seconds'].sum())}; "
-        f"readers that gave an error that no person is meant to read, or came to no end: {int(rows['wrong'].sum())}."
-    ),
-}
+def _say_kills(rows: pd.DataFrame) -> str:
+    good = int((rows["wrong"] == "").sum())
+    end = "; what was wrong after the others stands below."
+    if good == len(rows):
+        end = ": nothing finished lost or trained again, nothing half written believed, and the end bit-equal to undisturbed work."
+    return f"{of(good, len(rows))} random moments of a sweep and of a long run survived{end}"
 
 
 def _tell_kills(report: Report, rows: pd.DataFrame) -> None:
@@ -616,10 +608,29 @@ def _tell_kills(report: Report, rows: pd.DataFrame) -> None:
     report.table(table, "kills", "Moments by work and way; earliest, latest: seconds after the start.", **specs)
     write_table(report.folder / "tables" / "moments.csv", rows)
     report.text("Every moment, in order, stands in [moments.csv](tables/moments.csv).")
+    (report.folder / "tables" / "not_survived.csv").unlink(missing_ok=True)  # of an earlier measurement
     lost = rows[rows["wrong"] != ""]
     if len(lost):
         specs = {"number": "d", "work": "", "way": "", "seconds": ".1f", "wrong": ""}
         report.table(lost, "not_survived", "Moments that were not survived, and what was wrong.", **specs)
+
+
+def by_kind(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of ``damages``: one row a kind of file, how often it was damaged and how often reading it came to each outcome."""
+    ends = [*GOOD_ENDS, *sorted(set(rows["outcome"]) - set(GOOD_ENDS))]
+    counted = {kind: Counter(part["outcome"]) for kind, part in rows.groupby("kind")}
+    return pd.DataFrame([{"file": kind, "damages": found.total(), **{end: found[end] for end in ends}}
+                         for kind, found in counted.items()])  # fmt: skip
+
+
+def _unhandled(rows: pd.DataFrame) -> int:
+    return int(rows["damages"].sum() - rows[list(GOOD_ENDS)].to_numpy().sum())
+
+
+def _say_damages(rows: pd.DataFrame) -> str:
+    count, bad = int(rows["damages"].sum()), _unhandled(rows)
+    end = ": refused with the way out, made anew, or read as before the damage; none used with other numbers."
+    return f"{of(count - bad, count)} damaged files handled{'; the others stand below.' if bad else end}"
 
 
 def _tell_damages(report: Report, rows: pd.DataFrame) -> None:
@@ -629,47 +640,118 @@ def _tell_damages(report: Report, rows: pd.DataFrame) -> None:
         "one bit, at random places; in half of the cases the time of change stays as it was, as when a disk fails. Read as before: "
         "the damage changed nothing that is read, such as a line end."
     )
-    ends = [*GOOD_ENDS, *sorted(set(rows["outcome"]) - set(GOOD_ENDS))]
-    counted = {kind: Counter(part["outcome"]) for kind, part in rows.groupby("kind")}
-    table = pd.DataFrame([{"file": kind, "damages": found.total(), **{end: found[end] for end in ends}}
-                          for kind, found in counted.items()])  # fmt: skip
-    specs = {"file": "", "damages": ",d", **dict.fromkeys(ends, ",d")}
-    report.table(table, "damages", "What reading a damaged file came to, by kind of file.", **specs)
+    specs = {name: "" if name == "file" else ",d" for name in rows.columns}
+    report.table(rows, "damages", "What reading a damaged file came to, by kind of file.", **specs)
+
+
+def _say_fuzz(rows: pd.DataFrame) -> str:
+    return (
+        f"{int(rows['examples'].sum()):,} readings of generated input by {len(rows)} readers in {duration(rows['seconds'].sum())}; "
+        f"readers that gave an error that no person is meant to read, or came to no end: {int(rows['wrong'].sum())}."
+    )
+
+
+def _tell_fuzz(report: Report, rows: pd.DataFrame) -> None:
+    report.section("Readers that are fed nonsense")
+    report.text(
+        "Each reader gets generated input (text in any encoding, JSON of any shape, tables, parameters) and may only give a value "
+        "or an error that is meant for a person."
+    )
+    specs = {"reader": "", "examples": ",d", "seconds": ",.0f", "wrong": ",d"}
+    report.table(rows, "fuzz", "Examples by reader; wrong: 1 where there was any other error, or no end.", **specs)
+
+
+def _tell_large_text(report: Report, rows: pd.DataFrame) -> None:
+    report.section("A text larger than memory")
+    report.text(
+        "`python -m tinylm.study.large_text`: generated texts, each in a process of its own that tokenises it as a stream and "
+        "trains on its memory-mapped ids. Peak: the most that the process held. Beside it stand what was its own at the end and "
+        "the pages of mapped files, which the system may take back."
+    )
+    specs = {"text_mb": ",.0f", "prepare_mb_per_second": ".1f", "prepare_peak_mb": ",.0f"}
+    specs |= {"train_tokens_per_second": ",.0f", "train_tokens_per_cpu_second": ",.0f"}
+    specs |= {"train_peak_mb": ",.0f", "own_mb": ",.0f", "mapped_mb": ",.0f"}
+    report.table(rows, "large_text", "By MB of text: preparing and training, their speed and their memory.", **specs)
+
+
+# By the name of the table that each is drawn from, in the order of the report.
+SECTIONS = {
+    "moments": Section(_say_kills, _tell_kills, lambda rows: int((rows["wrong"] != "").sum())),
+    "damages": Section(_say_damages, _tell_damages, _unhandled),
+    "fuzz": Section(_say_fuzz, _tell_fuzz, lambda rows: int(rows["wrong"].sum())),
+    **agreement.SECTIONS,
+    "large_text": Section(lambda rows: large_text.sentence(rows.to_dict("records")), _tell_large_text, lambda rows: 0),
+}
+# What may be measured, in that order: first what is timed, while nothing before it has left the machine warm.
+PARTS = ("ranks", "exchange", "cluster", "damages", "fuzz", "kills", "large-text")
+
+
+def _chosen(only: str | None) -> list[str]:
+    names = [name.strip() for name in only.split(",")] if only else [name for name in PARTS if name != "large-text"]
+    if unknown := [name for name in names if name not in (*PARTS, "report")]:
+        raise LabError("A part goes by its name", ", ".join(unknown), f"the names are {', '.join(PARTS)} and report")
+    return [name for name in PARTS if name in names]
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--only", metavar="PARTS", help=f"Of {', '.join(PARTS)}; by default all but the last. report: draw anew.")
 @click.option("--kills", "moments", type=int, default=200, show_default=True, help="Random moments; 0 is none.")
 @click.option("--damages", "files", type=int, default=1000, show_default=True, help="Damaged files; 0 is none.")
 @click.option("--examples", type=int, default=2000, show_default=True, help="Generated inputs a reader; 0 is none.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of moments and damages.")
 @click.option("--results-dir", type=click.Path(path_type=Path), help="By default results/reliability.")
 @click.option("--work", "killed", nargs=3, type=str, hidden=True, help="What is killed: its kind, folder and text.")
-def main(moments: int, files: int, examples: int, seed: int, results_dir: Path | None, killed: tuple | None) -> None:
-    """Kill work, damage files and feed readers nonsense, and write what came of it. Takes about an hour or two."""
-    if killed:
-        try:
+def main(
+    only: str | None, moments: int, files: int, examples: int, seed: int, results_dir: Path | None, killed: tuple | None
+) -> None:
+    """Kill work, damage files, feed readers nonsense and compare what must come out alike; write what came of it. Takes about
+    an hour or two."""
+    try:
+        if killed:
             work(killed[0], Path(killed[1]), Path(killed[2]))
-        except KeyboardInterrupt:
-            sys.exit(130)
-        return
-    began, found = time.monotonic(), {}
-    with tempfile.TemporaryDirectory(prefix="tinylm-soak-") as scratch:
-        for name, measure in {
-            "damages": files and (lambda folder: damages(folder, files, seed)),
-            "fuzz": examples and (lambda folder: fuzz(examples, folder)),
-            "kills": moments and (lambda folder: kills(folder, moments, seed, say=click.echo)),
-        }.items():
-            folder = Path(scratch) / name
-            folder.mkdir()
-            if measure and (rows := measure(folder)) is not None:
-                found[name] = rows
-                click.echo(_KINDS[name](rows).replace("**", ""))
-    seconds = time.monotonic() - began
-    click.echo(f"report: {write_report(results_dir or repository() / 'results' / 'reliability', found, seconds, seed)}")
-    wrong = int((found["kills"]["wrong"] != "").sum()) if "kills" in found else 0
-    wrong += int((~found["damages"]["outcome"].isin(GOOD_ENDS)).sum()) if "damages" in found else 0
-    wrong += int(found["fuzz"]["wrong"].sum()) if "fuzz" in found else 0
-    sys.exit(1 if wrong else 0)
+        else:
+            counts = {"kills": moments, "damages": files, "fuzz": examples}
+            folder = results_dir or repository() / "results" / "reliability"
+            sys.exit(1 if soak([name for name in _chosen(only) if counts.get(name, 1)], folder, counts, seed) else 0)
+    except LabError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def soak(parts: list[str], folder: Path, counts: dict[str, int], seed: int) -> int:
+    """Measure parts, keep the tables of each, and draw the report of all that stand; how much was wrong. counts: of kills,
+    damages and examples."""
+    measures: dict[str, Callable[[Path, Path], dict[str, pd.DataFrame | None]]] = {
+        "ranks": lambda place, text: {
+            "pace": agreement.pace(place, say=click.echo),
+            "ranks": agreement.ranks(place, text),
+        },
+        "exchange": lambda place, text: {
+            "exchange": agreement.exchange(place, sorted(repository().glob("results/*/models/best.safetensors")))
+        },
+        "cluster": lambda place, text: {"cluster": agreement.cluster(place, asked("sweep", text))},
+        "damages": lambda place, text: {"damages": by_kind(damages(place, counts["damages"], seed))},
+        "fuzz": lambda place, text: {"fuzz": fuzz(counts["fuzz"], place)},
+        "kills": lambda place, text: {"moments": kills(place, counts["kills"], seed, say=click.echo)},
+        "large-text": lambda place, text: {"large_text": pd.DataFrame(large_text.measure(large_text.SIZES))},
+    }
+    wrong = 0
+    for part in parts:
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="tinylm-soak-") as scratch, contextlib.ExitStack() as stack:
+            if part != "large-text":  # which takes its room in the lab's own cache
+                stack.enter_context(own_home(Path(scratch) / "home"))
+            found = measures[part](Path(scratch), write_text(Path(scratch) / "words.txt", 4000))
+        tables = {name: rows for name, rows in found.items() if rows is not None}
+        if tables:
+            keep(folder, part, tables, time.monotonic() - began, seed)
+        for name, rows in tables.items():
+            click.echo(SECTIONS[name].sentence(rows).replace("**", ""))
+            wrong += SECTIONS[name].wrong(rows)
+    click.echo(f"report: {draw(folder)}")
+    return wrong
 
 
 if __name__ == "__main__":
