@@ -15,7 +15,9 @@ from tinylm.errors import ConfigError
 
 CHANGED = [
     ModelConfig(hidden_size=48, num_heads=6, num_kv_heads=2, mlp="relu", position="none", attention_scale=0.3),
-    TrainConfig(learning_rate=0.01, schedule="wsd", decay_steps=7, unique_tokens=5000, precision="bf16", patience=3),
+    TrainConfig(
+        learning_rate=0.01, schedule="wsd", decay_steps=7, unique_tokens=5000, precision="fp16", loss_scaling=False
+    ),
     GenerateConfig(temperature=0.0, top_k=5, top_p=0.5),
     DataConfig(text="shakespeare", tokenizer="char"),
 ]
@@ -72,6 +74,7 @@ WRONG_TRAIN = [
     (dict(grad_accum=0), ["grad_accum must be at least 1", "grad_accum=0"]),
     (dict(schedule="linear"), ["schedule must be one of cosine, wsd", "'linear'"]),
     (dict(precision="float32"), ["precision must be one of auto, fp32, bf16, fp16", "'float32'"]),
+    (dict(loss_scaling=1), ["loss_scaling must be of type bool", "1 (int)"]),
     (dict(learning_rate=float("inf")), ["learning_rate must be a finite number", "inf"]),
 ]
 WRONG_GENERATE = [

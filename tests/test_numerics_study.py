@@ -35,11 +35,12 @@ class Known(numerics.Numerics):
             name = json.dumps([run.model.to_dict(), run.train.to_dict()], sort_keys=True)
             parts, value = counts.parameters(run.model), run.tags["value"]
             loss = 3.5 + 0.3 * math.log(run.train.learning_rate / 0.011) ** 2 * (run.tags["family"] == "rates")
-            loss += 0.02 if run.train.precision == "bf16" else 0.0
+            loss += 0.02 if run.train.precision == "bf16" else 0.0 if run.train.loss_scaling else 0.05
             loss += 0.4 if run.model.init == "fixed" and run.model.init_std < 0.05 else 0.0
             loss += 0.3 if run.tags["knob"] == "norm_eps" and value == "1" else 0.0
             loss += np.random.default_rng(zlib.crc32(name.encode())).normal(0, 0.002)
-            diverged = run.train.precision == "fp16" and value.endswith("x 16")
+            lost_at = {"fp16": ("x 16",), numerics.UNSCALED: ("x 4", "x 16")}
+            diverged = value.endswith(lost_at.get(value.partition(",")[0], ("never",)))
             row = {**run.tags, **run.data.to_dict(), **run.model.to_dict(), **run.train.to_dict()}
             row |= {"run_id": f"{zlib.crc32(name.encode()):08x}", "status": "diverged" if diverged else "finished"}
             row |= {f"params_{part}": parts[part] for part in ("total", "non_embedding", "embedding", "head")}
@@ -83,7 +84,11 @@ def test_all_is_tried_at_equal_flops_and_within_the_cost(preset, tmp_path):
         assert abs(run.flops - study.preset.flops) <= step
     widths = {run.model.hidden_size for run in runs}
     assert len(widths) == len(study.preset.widths)
-    assert {run.train.precision for run in runs} == set(numerics.PRECISIONS)
+    assert {run.train.precision for run in runs} == {"fp32", "bf16", "fp16"}
+    fp16 = [run.train for run in runs if run.train.precision == "fp16" and run.train.loss_scaling]
+    unscaled = [run.train for run in runs if not run.train.loss_scaling]
+    assert {train.replace(loss_scaling=False) for train in fp16} == set(unscaled)  # the same rates and seeds
+    assert len(fp16) == len(unscaled) == len(study.preset.rates) * study.preset.seeds
     if preset == "full":
         distinct = {json.dumps([run.model.to_dict(), run.train.to_dict()]): run.flops for run in runs}
         assert 2e13 < sum(distinct.values()) < 3.2e13
@@ -95,7 +100,14 @@ def test_differences_and_failures_come_out(measured):
     assert table.difference["bf16, rate x 1"] == pytest.approx(0.02, abs=0.006)
     assert table.verdict["bf16, rate x 1"] == "worse" and table.verdict["fp16, rate x 1"] != "worse"
     assert table.failed["fp16, rate x 16"] == 1 and table.verdict["fp16, rate x 16"] == "diverges"
-    assert any("fp16 33%" in line for line in measured.findings)
+    assert table.difference[f"{numerics.UNSCALED}, rate x 1"] == pytest.approx(0.05, abs=0.006)
+    assert table.failed[f"{numerics.UNSCALED}, rate x 4"] == 1 and table.failed["fp16, rate x 4"] == 0
+    shares = "fp32 0%, bf16 0%, fp16 33%, fp16 without loss scaling 67%"
+    assert any(line.endswith(f"{shares}.") for line in measured.findings)
+    assert any(
+        line.startswith("Products in fp16 without loss scaling change the loss by +0.05") for line in measured.findings
+    )
+    assert (measured.folder / "figures" / "precision.png").exists()
     starts = pd.read_csv(measured.folder / "tables" / "initialisation.csv")
     fixed = starts[(starts.init == "fixed") & (starts.init_std < 0.05)]
     assert len(starts) == 18 and fixed.difference.to_numpy() == pytest.approx(0.4, abs=0.01)
@@ -103,7 +115,7 @@ def test_differences_and_failures_come_out(measured):
     assert eps.difference["1"] == pytest.approx(0.3, abs=0.01) and eps.verdict["1"] == "worse"
     assert math.isnan(eps.difference[BASELINE])
     costs = pd.read_csv(measured.folder / "tables" / "costs.csv").set_index(["shape", "precision"])
-    assert (costs.speed.unstack()["fp16"] == 0.5).all()
+    assert (costs.speed.unstack()["fp16"] == 0.5).all() and set(costs.index.levels[1]) == {"fp32", "bf16", "fp16"}
 
 
 def test_the_most_is_the_most_in_either_direction_and_what_no_run_bore_is_named():

@@ -87,22 +87,25 @@ def test_identity_leaves_out_what_changes_no_number():
     assert identity(a_run(), {**CORPUS, "text": "another name"}, ARITHMETIC) == base
 
 
-def test_records_from_before_a_field_of_the_model_are_still_theirs():
-    """The committed records were written when ModelConfig had fewer fields: each is still found under its name, and read."""
-    folder = repository() / "results" / "recipe"
+@pytest.mark.parametrize("study", ["recipe", "compute_scaling"])
+def test_records_from_before_a_field_of_a_config_are_still_theirs(study):
+    """The committed records were written when configs had fewer fields: each is still found under its name, and read."""
+    folder = repository() / "results" / study
     paths = sorted((folder / "runs").glob("*.json"))[:5]
     assert paths
     for path in paths:
         record = read_record(path)
-        assert not set(YOUNGER) & set(record["model"])
+        assert not set(YOUNGER) & {*record["model"], *record["train"]}
         run = Run.from_dict(record)
         assert (
             identity(run, record["corpus"]["identity"], record["arithmetic"], record["numerics_revision"])
             == (record["identity"])
         )
-    assert not load_runs(folder).qk_norm.any()
+    usual = {**ModelConfig().to_dict(), **TrainConfig().to_dict()}
+    table = load_runs(folder)
     for name in YOUNGER:  # and away from its default such a field tells runs apart
-        assert identity(a_run(**{name: True}), CORPUS, ARITHMETIC) != identity(a_run(), CORPUS, ARITHMETIC)
+        assert (table[name] == usual[name]).all()
+        assert identity(a_run(**{name: not usual[name]}), CORPUS, ARITHMETIC) != identity(a_run(), CORPUS, ARITHMETIC)
 
 
 def test_tags_may_not_pose_as_columns():

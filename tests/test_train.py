@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -490,12 +491,13 @@ def test_a_loss_that_is_not_finite_is_a_result_with_its_reason():
     assert json.dumps(result.to_dict(), allow_nan=False)
 
 
-def overflowing(monkeypatch):
-    gradients = stack_module.Stack.gradients
+def overflowing(monkeypatch, at=range(10**9)):
+    gradients, step = stack_module.Stack.gradients, itertools.count(1)
 
     def infinite(self, *args):
         losses, parts = gradients(self, *args)
-        parts[:, 7] = float("inf")
+        if next(step) in at:
+            parts[:, 7] = float("inf")
         return losses, parts
 
     monkeypatch.setattr(stack_module.Stack, "gradients", infinite)
@@ -532,12 +534,50 @@ def test_fp16_skips_steps_that_overflow_and_gives_up_only_when_all_do(monkeypatc
     assert hopeless.lane.steps == 0
 
 
+def test_without_loss_scaling_the_scale_stays_at_one_and_overflows_are_skipped_as_patiently(monkeypatch):
+    run = trainer(precision="fp16", loss_scaling=False, max_steps=12)
+    scaled = trainer(precision="fp16", max_steps=12)
+    for _ in range(2000):
+        run._rescale(True)
+        scaled._rescale(True)
+    assert run._loss_scale == 1 and scaled._loss_scale == 2.0**17
+    with monkeypatch.context() as patch:
+        overflowing(patch, at=(1, 2, 5))
+        assert run.run().status == "finished"
+        assert (run._loss_scale, run._skipped, run.lane.steps) == (1, 3, 9)
+    overflowing(monkeypatch)
+    hopeless = trainer(precision="fp16", loss_scaling=False, max_steps=40)
+    result = hopeless.run()
+    assert result.status == "diverged" and "17 steps in a row" in result.reason and result.steps == 17
+    assert hopeless._loss_scale == 1 and hopeless.lane.steps == 0
+
+
+@pytest.mark.parametrize("precision,learns", [("fp32", True), ("fp16", True), ("unscaled", False)])
+def test_gradients_below_what_fp16_holds_are_saved_by_the_loss_scale_alone(precision, learns):
+    scaling = {"precision": "fp16", "loss_scaling": False} if precision == "unscaled" else {"precision": precision}
+    run = trainer(weight_decay=0.0, **scaling)
+    with torch.no_grad():  # so little of the blocks reaches the head that their gradients are below 2^-25
+        run.model.norm.weight.fill_(1e-8)
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters() if name.startswith("blocks.")}
+    run.train_step()
+    moved = {name for name, old in before.items() if not torch.equal(run.model.get_parameter(name).detach(), old)}
+    matrices = {name for name, old in before.items() if old.dim() > 1}
+    assert len(matrices) == 14 and (moved >= matrices if learns else not moved & matrices)
+
+
+def test_loss_scaling_is_a_matter_of_fp16_alone():
+    for precision in ("fp32", "bf16"):
+        without, usual = (trainer(precision=precision, max_steps=6, loss_scaling=on) for on in (False, True))
+        assert numbers(without.run()) == numbers(usual.run()) and torch.equal(weights(without), weights(usual))
+
+
 # Stops and resumes
 
 RESUMES = {
     "fp32, dropout, micro-steps": (dict(dropout=0.2), dict(batch_size=2, grad_accum=2)),
     "bf16": (dict(dropout=0.1), dict(precision="bf16")),
     "fp16": ({}, dict(precision="fp16")),
+    "fp16 without loss scaling": ({}, dict(precision="fp16", loss_scaling=False)),
     "patience": ({}, overfitting(patience=3)),
     "untied, learned, wsd": (dict(tie_embeddings=False, position="learned"), dict(schedule="wsd", stride=None)),
 }
@@ -614,6 +654,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         (dict(max_steps=6), "train.max_steps is 5 in the file, 6 was asked for"),
         (dict(model=MODEL.replace(norm="layernorm")), "model.norm is 'rmsnorm' in the file, 'layernorm' was asked"),
         (dict(text=language(4000, 7)), "text.train.sample_sha256"),
+        (dict(loss_scaling=False), "train.loss_scaling is None in the file, False was asked"),
         (dict(held_out=HELD_OUT[:900]), "text.validation.tokens is 1000 in the file, 900"),
     ]:
         with pytest.raises(ConfigError, match=words):

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from tinylm import counts, widgets
-from tinylm.config import ModelConfig, TrainConfig
+from tinylm.config import YOUNGER, ModelConfig, TrainConfig
 from tinylm.study import runs
 from tinylm.study.parameters import repository
 from tinylm.study.planner import Evidence, Speed
@@ -155,6 +155,11 @@ def test_impossible_combinations_cannot_be_set_and_say_why(panel):
     k["tokenizer"].value = "bpe"
     k["tokenizer"].value = "byte"
     assert k["vocab_size"].value == 256 and k["vocab_size"].disabled
+    assert k["loss_scaling"].disabled and "only fp16 has" in words(panel.reasons)
+    k["precision"].value = "fp16"
+    k["loss_scaling"].value = False
+    assert not k["loss_scaling"].disabled and not panel.run.train.loss_scaling
+    k["precision"].value = "fp32"
     for hidden in k["hidden_size"].options:  # whatever one does, what stands can be trained
         k["hidden_size"].value = hidden
         for position in k["position"].options:
@@ -186,6 +191,12 @@ def test_a_run_is_trained_recorded_and_compared(panel):
     assert [label for label, _ in panel.compare.options] == ["mlp relu", "mlp swiglu"]
     other = {**record, "run_id": "other", "data": {**record["data"], "text": "/somewhere/verse.txt"}}
     assert training.labels_of([record, other]) == {record["run_id"]: "text lines.txt", "other": "text verse.txt"}
+    older = {
+        name: {field: v for field, v in record[name].items() if field not in YOUNGER} for name in ("model", "train")
+    }
+    older = {**other, **older, "run_id": "older"}  # as recorded before those fields were there
+    for records in ([record, older], [older, record]):
+        assert training.labels_of(records)["older"] == "text verse.txt"
     again = widgets.training_panel(panel.text, panel.results_dir)
     assert {record["run_id"] for record in again.records()} == {record["run_id"] for record in panel.records()}
     again.close()

@@ -35,6 +35,8 @@ FLOPS_WORTH_COMPILING_IN_A_STACK = 9e10
 # A stack pays where the operations of one run are too small to keep a core busy; at twice this size it won nothing.
 STACKED_UP_TO = 1 << 15  # channels a step: tokens in a micro-step times hidden_size
 
+LOSS_SCALE = 2.0**16  # what the loss is multiplied by when training begins under fp16
+
 PLAIN_WORDS = "eager, fp32 products, torch's attention"
 PLAIN = {"bf16": False, "compile": False, "query_blocks": 1}  # what a machine is taken for until it is measured
 

@@ -28,9 +28,9 @@ DAMAGES = ("swap", "shuffle", "repeat", "boilerplate", "foreign")
 
 MOST = sys.float_info.max
 
-# Fields of ModelConfig that are younger than the first records. At its default such a field is no part of a run's identity,
-# so that what was trained before it was there is still found.
-YOUNGER = ("qk_norm",)
+# Fields of ModelConfig and TrainConfig that are younger than the first records. At its default such a field is no part of a
+# run's identity, so that what was trained before it was there is still found.
+YOUNGER = ("qk_norm", "loss_scaling")
 
 
 class _Config:
@@ -58,6 +58,11 @@ class _Config:
     def to_dict(self) -> dict:
         """All fields by name; ``from_dict`` gives the same config back."""
         return dataclasses.asdict(self)
+
+    def identifying(self) -> dict:
+        """What of a resolved config enters a run's identity: all fields, without the ``YOUNGER`` ones at their defaults."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return {name: v for name, v in self.to_dict().items() if name not in YOUNGER or v != defaults[name]}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), sort_keys=True)
@@ -219,12 +224,6 @@ class ModelConfig(_Config):
         }
         return self.replace(**{name: value for name, value in derived.items() if getattr(self, name) is None})
 
-    def identifying(self) -> dict:
-        """What of a model enters a run's identity: all fields as resolved, without the ``YOUNGER`` ones at their defaults."""
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        values = self.resolve().to_dict()
-        return {name: v for name, v in values.items() if name not in YOUNGER or v != defaults[name]}
-
 
 @dataclass(frozen=True)
 class TrainConfig(_Config):
@@ -239,6 +238,9 @@ class TrainConfig(_Config):
         time, always the same ones. patience: stop after so many evaluations without a better val_loss; None never stops early.
     precision: of matrix products; weights, norms, softmax and loss stay fp32. ``auto`` and compile None are picked by what was
         measured on this machine (see ``backend``); ``fp32`` and False give the plain path.
+    loss_scaling: under precision fp16, multiply the loss by a power of two before the backward pass and divide the gradient
+        by it, so that small gradients do not become zero (Micikevicius et al. 2018); False keeps that factor at 1. No other
+        precision has one.
     checkpoint_minutes: how often a resumable checkpoint is written where a folder for it is given; it changes no number.
     """
 
@@ -258,6 +260,7 @@ class TrainConfig(_Config):
     stride: int | None = None
     unique_tokens: int | None = None
     precision: str = "auto"
+    loss_scaling: bool = True
     device: str = "cpu"
     compile: bool | None = None
     threads: int | None = None

@@ -241,9 +241,9 @@ class Trainer:
     windows), so that watching a run stays cheap; the last scores all of them, and with patience every one does.
 
     A run has diverged when a loss or the gradient's norm is not finite (under fp16: the loss, or no loss scale down to
-    1 keeps the gradient finite), or when after the warm-up the training loss since the last evaluation is on average 2
-    nats above both the uniform guess, ln V, and the loss of the first step. A validation loss that high can also be
-    overfitting, and ends nothing.
+    1 keeps the gradient finite; without loss_scaling, the gradients of as many steps in a row as it takes to get there),
+    or when after the warm-up the training loss since the last evaluation is on average 2 nats above both the uniform
+    guess, ln V, and the loss of the first step. A validation loss that high can also be overfitting, and ends nothing.
     """
 
     def __init__(
@@ -286,8 +286,8 @@ class Trainer:
         self.model = TinyLM(model_config, seed=config.seed).to(self.device)
         self.model.compute_with(backend.product_dtype(self.arithmetic), query_blocks=1)
         self.lane = Lane(self.model)
-        self._loss_scale = 2.0**16 if self.arithmetic["precision"] == "fp16" else 1.0
-        self._good_steps = 0  # in a row, since the loss scale changed
+        self._loss_scale = backend.LOSS_SCALE if self.arithmetic["precision"] == "fp16" and config.loss_scaling else 1.0
+        self._good_steps = 0  # in a row, since the loss scale changed; without loss_scaling, less overflows in a row
 
         self.step = 0
         self.curve: list[dict] = []
@@ -338,7 +338,7 @@ class Trainer:
 
     def _expected(self) -> dict:
         """What a checkpoint must agree on to be gone on with."""
-        train = self.config.to_dict()
+        train = self.config.identifying()  # a checkpoint from before a younger field was there is gone on with
         del train["checkpoint_minutes"]  # changes no number
         return {
             "model": self.model.config.to_dict(),
@@ -418,15 +418,15 @@ class Trainer:
     def _update(self, loss: float, norm: float) -> Update | None:
         """What the optimizer is to do with a gradient of this length (of the loss as scaled); None is nothing."""
         config, norm = self.config, norm / self._loss_scale
-        scaled = self.arithmetic["precision"] == "fp16"
-        if not math.isfinite(loss) or not (math.isfinite(norm) or scaled):
+        may_overflow = self.arithmetic["precision"] == "fp16"
+        if not math.isfinite(loss) or not (math.isfinite(norm) or may_overflow):
             self._diverge(f"loss {loss}, gradient norm {norm}", self.step + 1)
             return None
         self.step += 1
         self._first_loss = loss if self._first_loss is None else self._first_loss
         self._losses = (self._losses[0] + loss, self._losses[1] + 1)
         scale = self._loss_scale
-        if scaled:
+        if may_overflow:
             self._rescale(math.isfinite(norm))
         if not math.isfinite(norm):
             self._skipped += 1
@@ -437,6 +437,11 @@ class Trainer:
 
     def _rescale(self, good: bool) -> None:
         """The loss scale of fp16: half after an overflow, double after 2,000 good steps (Micikevicius et al. 2018)."""
+        if not self.config.loss_scaling:
+            self._good_steps = 0 if good else self._good_steps - 1
+            if backend.LOSS_SCALE * 2**self._good_steps < 1:  # as patient as where there is a scale to halve
+                self._diverge(f"gradients overflow fp16 in {-self._good_steps} steps in a row, unscaled", self.step)
+            return
         self._good_steps = self._good_steps + 1 if good else 0
         if not good:
             self._loss_scale /= 2

@@ -126,7 +126,7 @@ KNOBS = {
         "data", ({"tokenizer": "unigram"}, {"tokenizer": "char"}, {"tokenizer": "byte", "vocab_size": 256}),
         note="windows of as many tokens, hence of less text",
     ),
-    "precision": Knob("numerical", to("precision", "bf16", "fp16"), note="fp16 with a loss scale, as the trainer has it"),
+    "precision": Knob("numerical", to("precision", "bf16", "fp16"), note="fp16 with its loss scale; numerics is without too"),
     "attention_scale": Knob("numerical", by("attention_scale")),
     "init_std": Knob("numerical", by("init_std")),
     "norm_eps": Knob("numerical", by("norm_eps")),

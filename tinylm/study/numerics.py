@@ -28,7 +28,11 @@ from tinylm.study.steps import known_text
 
 # ------------------------------------------------------------------------------------------------------------------ as data
 
-PRECISIONS = ("fp32", "bf16", "fp16")
+UNSCALED = "fp16 without loss scaling"
+PRECISIONS = {  # name -> fields of TrainConfig
+    **{name: {"precision": name} for name in ("fp32", "bf16", "fp16")},
+    UNSCALED: {"precision": "fp16", "loss_scaling": False},
+}
 RATES = (1.0, 4.0, 16.0)  # over the baseline's: failures show where steps are large
 WIDTHS = (1 / 3, 1.0, 3.0)  # over the baseline's
 INITS = ("fixed", "scaled")
@@ -36,15 +40,14 @@ STARTS = (0.005, 0.02, 0.08)  # init_std
 SCALES = (1 / 8, 1 / 2, 2.0, 8.0)  # of attention, over one by the root of a head's channels
 EPSILONS = (1e-8, 1e-4, 1e-2, 1.0)  # of the norms; 1e-6 is the baseline's
 SMALLEST_FP16 = 2.0**-24  # what is smaller than half of it becomes zero in fp16
-LOSS_SCALE = 2.0**16  # with which the trainer begins under fp16
 
 
 def changes() -> dict[tuple[str, str], dict]:
     """All that is tried beside the baseline: (part, value) -> fields of the configs."""
     found: dict[tuple[str, str], dict] = {}
     for factor in RATES:
-        for name in PRECISIONS:
-            found["precision", f"{name}, rate x {factor:g}"] = {"precision": name, "learning_rate": Times(factor)}
+        for name, fields in PRECISIONS.items():
+            found["precision", f"{name}, rate x {factor:g}"] = {**fields, "learning_rate": Times(factor)}
     for width in WIDTHS:
         for init in INITS:
             for std in STARTS:
@@ -159,18 +162,21 @@ class Numerics(OneAtATime):
         super().show_noise()
 
     def show_precision(self) -> None:
-        """Loss, failures, speed and memory in 32 and in 16 bits, and what fp16 would lose without a loss scale."""
+        """Loss, failures, speed and memory in 32 and in 16 bits, with and without a loss scale."""
         losses = self.losses("precision")
         parts = []
         for factor in self.preset.rates:
             own = {f"{name}, rate x {factor:g}": losses[f"{name}, rate x {factor:g}"] for name in PRECISIONS}
-            parts.append(self.compared(own, f"fp32, rate x {factor:g}"))
+            told = self.compared(own, f"fp32, rate x {factor:g}")
+            parts.append(told.assign(precision=list(PRECISIONS), factor=factor))
         table = pd.concat(parts, ignore_index=True)
         self.report.section("Precision")
         self.report.text(
             "Matrix products are taken in the precision named; weights, the residual stream, norms, softmax and loss stay in 32 "
-            f"bits (fp16 by torch's autocast, which decides that itself). Each has {self.preset.seeds} seeds at the baseline's "
-            "learning rate and at multiples of it, where steps are large enough to fail. Differences are to fp32 at the same rate."
+            "bits (fp16 by torch's autocast, which decides that itself). Under fp16 the trainer scales the loss by a power of two "
+            "that halves at an overflow and doubles after 2,000 good steps (Micikevicius et al. 2018); `loss_scaling=False` keeps "
+            f"it at 1. Each has {self.preset.seeds} seeds at the baseline's learning rate and at multiples of it, where steps are "
+            "large enough to fail. Differences are to fp32 at the same rate."
         )
         formats = {
             "variant": "", "runs": "d", "failed": ".0%", "loss": ".3f", "difference": "+.4f", "low": "+.4f", "high": "+.4f",
@@ -180,31 +186,38 @@ class Numerics(OneAtATime):
             table, "precision", "Loss (nats per token, of runs that ended), the share of runs that diverged, and the difference to "
             "fp32 at the same rate with its 95 % interval", **formats,
         )  # fmt: skip
+        self.report.figure(
+            "precision", "Differences to fp32 at the same learning rate with 95 % intervals; a cross where every seed diverged, "
+            "nothing where too few ended to compare",
+            lambda ax: _draw_precisions(table, ax), size=(7.4, 3.8),
+        )  # fmt: skip
         self.report.table(
             self._costs(), "costs", "Training steps a second over fp32's, and bytes that a forward pass keeps for the backward one "
             "over fp32's (weights, gradients and moments are 16 bytes a parameter in all three), at the baseline's shape and a "
-            "wider one", shape="", precision="", speed=".2f", kept_bytes=",.0f", memory=".2f",
+            "wider one; the loss scale, a factor on one number, is not timed apart", shape="", precision="", speed=".2f",
+            kept_bytes=",.0f", memory=".2f",
         )  # fmt: skip
         self.report.text(f"Speed: {self.clock_words()}.")
         self._show_underflow()
-        plain = table[table.variant.str.endswith("x 1")].set_index("variant")
-        for name in PRECISIONS[1:]:
-            row = plain.loc[f"{name}, rate x 1"]
-            at = interval(row.low, row.high, "+.4f")
-            self.findings.append(
-                f"{name} products change the loss by {row.difference:+.4f} nats ({at}; {row.verdict})."
-            )
-        lost = [f"{name} {table.failed[table.variant.str.startswith(name)].mean():.0%}" for name in PRECISIONS]
+        plain = table[table.factor == 1].set_index("precision")
+        for name, row in plain.drop(index="fp32").iterrows():
+            at = f"{interval(row.low, row.high, '+.4f')}; {row.verdict}"
+            told = f"change the loss by {row.difference:+.4f} nats ({at})"
+            told = "cannot be compared, too few of their runs ended" if math.isnan(row.difference) else told
+            self.findings.append(f"Products in {name} {told}.")
+        shares = table.groupby("precision", sort=False).failed.mean()
+        lost = [f"{name} {share:.0%}" for name, share in shares.items()]
         self.findings.append(f"Diverged, of all runs at {len(self.preset.rates)} learning rates: {', '.join(lost)}.")
 
     def _costs(self) -> pd.DataFrame:
         shapes = [self.preset.shape, self.preset.wide]
         base = self.baseline(self.rate)
+        names = dict.fromkeys(fields["precision"] for fields in PRECISIONS.values())
         settings = {
             (shape, name): dataclasses.replace(
                 base, model=self.model(shape), train=base.train.replace(precision=name), value=f"{shape} {name}"
             )
-            for shape in shapes for name in PRECISIONS
+            for shape in shapes for name in names
         }  # fmt: skip
         seconds = self.step_seconds(settings.values())
         kept = self._kept_bytes(settings)
@@ -227,17 +240,16 @@ class Numerics(OneAtATime):
         return known
 
     def _show_underflow(self) -> None:
-        """Why fp16 has a loss scale: what its gradients would lose without one."""
+        """Why fp16 has a loss scale: what its gradients lose without one."""
         path = self.folder / "tables" / "underflow.csv"
         if not path.exists():
             run_id = self.measured[(self.measured.knob == BASELINE) & self.measured.val_loss.notna()].run_id.iloc[0]
             write_table(path, self._underflow(run_id))
         table = pd.read_csv(path)
         self.report.text(
-            "The trainer scales the loss under fp16 by a power of two that halves at an overflow and doubles after 2,000 good "
-            "steps (Micikevicius et al. 2018), and has no switch that turns it off: no run without it stands here. What it saves "
-            "is counted instead, on gradients of one batch in fp32: the share of their entries, other than zero, that fp16 would "
-            f"take for zero as they are, and times {LOSS_SCALE:,.0f}; and the share that then overflows."
+            "Why fp16 has a loss scale is counted on gradients of one batch in fp32: the share of their entries, other than zero, "
+            f"that fp16 takes for zero as they are, and times {backend.LOSS_SCALE:,.0f}, with which training begins; and the share "
+            "that then overflows."
         )
         self.report.table(
             table, "underflow", "Entries of gradients that fp16 cannot hold, at the start and at the end of a run", when="",
@@ -245,7 +257,7 @@ class Numerics(OneAtATime):
         )  # fmt: skip
         end = table.iloc[-1]
         self.findings.append(
-            f"Without a loss scale fp16 would take {end.lost:.1%} of a trained model's gradient entries for zero, with it "
+            f"Without a loss scale fp16 takes {end.lost:.1%} of a trained model's gradient entries for zero, with it "
             f"{end.lost_scaled:.1%}."
         )
 
@@ -269,8 +281,8 @@ class Numerics(OneAtATime):
             sizes = sizes[sizes > 0].double()
             rows.append(
                 {"when": when, "entries": len(sizes), "lost": float((sizes <= SMALLEST_FP16 / 2).double().mean()),
-                 "lost_scaled": float((sizes * LOSS_SCALE <= SMALLEST_FP16 / 2).double().mean()),
-                 "overflown_scaled": float((sizes * LOSS_SCALE >= 65520).double().mean())}
+                 "lost_scaled": float((sizes * backend.LOSS_SCALE <= SMALLEST_FP16 / 2).double().mean()),
+                 "overflown_scaled": float((sizes * backend.LOSS_SCALE >= 65520).double().mean())}
             )  # fmt: skip
         return pd.DataFrame(rows)
 
@@ -383,6 +395,22 @@ def kept_for_backward(setting: Setting) -> int:
         loss = model.loss(ids, ids)
     del loss
     return sum(kept.values())
+
+
+def _draw_precisions(table: pd.DataFrame, ax: object) -> None:
+    rates = list(dict.fromkeys(table.factor))
+    ax.axhline(0, color=plots.GREY, linewidth=1)
+    for i, (name, rows) in enumerate(table[table.precision != "fp32"].groupby("precision", sort=False)):
+        x = np.array([rates.index(factor) for factor in rows.factor]) + 0.18 * (i - 1)
+        ax.vlines(x, rows.low, rows.high, color=plots.COLOURS[i], linewidth=2.5, alpha=0.5)
+        ax.plot(x, rows.difference, plots.MARKERS[i], color=plots.COLOURS[i], label=name)
+        gone = (rows.failed == 1).to_numpy()
+        ax.plot(x[gone], np.full(gone.sum(), 0.96), "x", color=plots.COLOURS[i], transform=ax.get_xaxis_transform())
+    ax.set_xticks(range(len(rates)), [f"x {factor:g}" for factor in rates])
+    ax.set_xlim(-0.5, len(rates) - 0.5)
+    ax.set_xlabel("learning rate over the baseline's")
+    ax.set_ylabel("loss above fp32's (nats/token)")
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def _draw_starts(table: pd.DataFrame, ax: object) -> None:

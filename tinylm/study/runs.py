@@ -133,9 +133,9 @@ def identity(run: Run, corpus_identity: dict, arithmetic: dict, revision: int | 
     """
     if revision is None:
         from tinylm.backend import NUMERICS_REVISION as revision
-    train = run.train.resolve(run.model).to_dict()
+    train = run.train.resolve(run.model).identifying()
     parts = {
-        "model": run.model.identifying(),
+        "model": run.model.resolve().identifying(),
         "train": {name: value for name, value in train.items() if name not in NO_NUMBER},
         "corpus": {name: value for name, value in corpus_identity.items() if name != "text"},
         "arithmetic": arithmetic,
@@ -309,7 +309,8 @@ def _checked_row(record: dict) -> dict:
 
 def _row(record: dict) -> dict:
     parameters = record["parameters"]
-    row = {**record["data"], **ModelConfig.from_dict(record["model"]).to_dict(), **record["train"]}
+    configs = ModelConfig.from_dict(record["model"]), TrainConfig.from_dict(record["train"])
+    row = {**record["data"], **configs[0].to_dict(), **configs[1].to_dict()}
     row |= {name: record[name] for name in ("threads", "device")}  # as resolved
     row |= {f"params_{part}": parameters[part] for part in ("total", "non_embedding", "embedding", "head")}
     row |= {name: record.get(name) for name in COLUMNS if name not in row}

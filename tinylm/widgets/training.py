@@ -176,6 +176,7 @@ class TrainingPanel(Panel):
                 ("vocab_size", k["tokenizer"].value != "byte", "a byte tokenizer has 256 tokens"),
                 ("rope_theta", turned, f"positions are {k['position'].value}, and only RoPE has a base"),
                 ("decay_steps", k["schedule"].value == "wsd", "the cosine decays all the way"),
+                ("loss_scaling", k["precision"].value == "fp16", "only fp16 has a loss scale"),
             ):
                 k[name].disabled = not needed
                 why += [] if needed else [f"{name} is off: {because}"]
@@ -499,8 +500,8 @@ def labels_of(records: list[dict]) -> dict[str, str]:
         r["run_id"]: {
             "text": Path(r["data"]["text"]).name,
             "tokenizer": r["data"]["tokenizer"],
-            **r["model"],
-            **r["train"],
+            **{**ModelConfig().to_dict(), **r["model"]},  # a record may be older than a field
+            **{**TrainConfig().to_dict(), **r["train"]},
         }
         for r in records
     }
@@ -552,7 +553,7 @@ _PAGES = {
         *("tie_embeddings", "qk_norm", "rope_theta", "attention_scale", "init", "init_std", "norm_eps"),
         *("beta1", "beta2", "grad_clip", "eval_interval", "eval_tokens", "patience"),
     ),
-    "Machine": ("precision", "compile", "device", "threads", "checkpoint_minutes"),
+    "Machine": ("precision", "loss_scaling", "compile", "device", "threads", "checkpoint_minutes"),
 }
 
 
@@ -630,6 +631,7 @@ def _knobs(text: str) -> dict[str, ipywidgets.Widget]:
         some("patience", "end after so many evaluations without progress",
              [("never ends", 0), *((str(n), n) for n in (1, 2, 3, 5, 8, 12, 20))], 0, "evaluations"),
         pick("precision", "of matrix products; auto measures this machine once", names.PRECISIONS, "fp32"),
+        pick("loss_scaling", "under fp16, keep small gradients from becoming zero", [("on", True), ("off", False)], True),
         pick("compile",
              "compile the step first, which no Stop can cut short", [("auto", "auto"), ("no", False), ("yes", True)], False),
         pick("device", "where to compute", devices, "cpu"),
