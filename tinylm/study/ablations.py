@@ -27,7 +27,7 @@ from tinylm.study.design import SIZE_GROWTH, bracket, tune
 from tinylm.study.multipliers import Frontier, fit_frontier, multipliers
 from tinylm.study.parameters import AblationParameters
 from tinylm.study.report import interval, write_table
-from tinylm.study.runs import Run
+from tinylm.study.runs import Run, read_kept
 from tinylm.study.sections import SectionStudy
 from tinylm.study.steps import have, known_text
 from tinylm.words import quantity
@@ -783,7 +783,7 @@ class Ablations(SectionStudy):
     def _speeds(self) -> dict:
         """Tokens a second of each model, measured once for a results folder."""
         path = self.folder / "speed.json"
-        known = json.loads(path.read_text()) if path.exists() else {"tokens_per_second": {}, "load": None}
+        known = read_kept(path, _speeds_of) if path.exists() else {"tokens_per_second": {}, "load": None}
         plain = TrainConfig(precision="fp32", compile=False, stride=self.recipe.seq_len)
         todo = {
             f"{trial.place.name}: {trial.name}": trial
@@ -985,6 +985,12 @@ class Ablations(SectionStudy):
             [frame for frame in (self.tuned, self.seeded, self.planted, self.checks) if len(frame)],
             ("place", "variant"),
         )
+
+
+def _speeds_of(kept: dict) -> dict:
+    """What ``_speeds`` wrote, as it is used."""
+    speeds = {name: float(speed) for name, speed in kept["tokens_per_second"].items()}
+    return {"tokens_per_second": speeds, "load": None if kept["load"] is None else float(kept["load"])}
 
 
 def measure_for_claims(root: Path) -> None:
