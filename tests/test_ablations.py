@@ -359,6 +359,23 @@ def test_the_claims_judge_these_very_records(measured):
     victim.write_bytes(kept)
 
 
+def test_a_report_of_all_is_not_replaced_by_one_of_fewer(measured, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablations, "known_text", lambda settings: FACTS)
+    told = ["layernorm", "gelu", "relu", "none", "gqa by 3", "untied", "relu2"]  # with some of them as used beside
+    before = {path: path.read_bytes() for path in measured.folder.rglob("*") if path.is_file()}
+
+    def begin(variants: str, folder=measured.folder):
+        return ablations.begin(AblationParameters(variants=variants, results_dir=str(folder)))
+
+    with pytest.raises(LabError, match=r"qk-norm.*layernorm, gelu, .*another results_dir") as refused:
+        begin("qk-norm")
+    assert {path: path.read_bytes() for path in measured.folder.rglob("*") if path.is_file()} == before
+    named = re.search(r"variants=([^)]+)\)", refused.value.fix)[1]  # the way out, followed
+    assert set(begin(named).preset.variants) == {*told, "qk-norm"}
+    assert begin("").preset.variants == ablations.PRESETS["full"].variants
+    assert begin("qk-norm", tmp_path / "another").preset.variants == ("qk-norm",)
+
+
 # ------------------------------------------------------------------------------------------------------ the whole study
 
 

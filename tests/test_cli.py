@@ -364,6 +364,20 @@ def test_plan_says_what_it_needs(studied):
         assert damaged.exit_code == 2 and "must be as the study wrote it" in damaged.stderr
 
 
+def test_plan_does_not_take_a_damaged_speed_for_the_machines(studied):
+    path = studied / "speed.json"
+    whole = path.read_text()
+    for damage in (
+        whole[:-9],
+        "[]",
+        whole.replace("100000000000.0", "-1"),
+        whole.replace("1000000.0]", "1000000.0, 2]"),
+    ):
+        path.write_text(damage, encoding="utf-8")
+        done = call("plan", "--results-dir", studied, "--minutes", "1")
+        assert done.exit_code == 2 and "speed.json" in done.stderr and "delete it" in done.stderr, done.output
+
+
 # -------------------------------------------------------------------------------------------------------------- fetch
 
 

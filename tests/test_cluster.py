@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
 import sys
 import threading
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pandas
 import pytest
@@ -116,6 +118,23 @@ def test_a_cluster_that_cannot_be_had_is_told_in_words(monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(LabError, match=r"needs Dask.*pip install -e '\.\[dask\]'"), study_pool("local"):
         pass
+
+
+def test_work_is_packed_for_the_workers_that_are_to_come(monkeypatch, capsys):
+    there: dict[str, int] = {}
+
+    client = SimpleNamespace(nthreads=lambda: dict(there), get_executor=lambda pure: None)
+    fake = SimpleNamespace(Client=lambda address, timeout: contextlib.nullcontext(client), LocalCluster=None)
+    monkeypatch.setitem(sys.modules, "distributed", fake)
+    with study_pool("tcp://queue:8786", 50) as pool:
+        assert pool.workers == 50 and not capsys.readouterr().out
+        there |= {f"tcp://{number}": 1 for number in range(64)}
+        assert pool.workers == 64
+    there.clear()
+    with study_pool("tcp://queue:8786") as pool:
+        assert pool.workers == 1 and "no workers yet" in capsys.readouterr().out
+        there["tcp://one"] = there["tcp://other"] = 1
+        assert pool.workers == 2
 
 
 # ------------------------------------------------------------------------------------------------------ Dask, for real

@@ -1,8 +1,9 @@
 """A study killed without warning, again and again: nothing finished is lost or trained twice, and the end is the same.
 
-Compared to the last digit with a study that nobody killed: every table, every record but its times, the best model and the
-forecast. Not compared, because the machine's measured speed or the clock is in them: tables/plan.csv, speed.json, the figure
-``surface`` (it shows the first plan), the README's paragraphs on the plan and on seconds, and when the forecast was sealed.
+So do two studies at once in one folder. Compared to the last digit with a study that nobody killed: every table, every record
+but its times, the best model and the forecast. Not compared, because the machine's measured speed or the clock is in them:
+tables/plan.csv, speed.json, the figure ``surface`` (it shows the first plan), the README's paragraphs on the plan and on seconds,
+and when the forecast was sealed.
 """
 
 from __future__ import annotations
@@ -145,6 +146,30 @@ def test_a_study_killed_three_times_ends_as_if_it_never_was(everything, calm, tm
     assert trained == len(after) - len(before)
     the_same(results, calm)
     assert not (results / ".checkpoints").exists()
+
+
+def test_two_studies_at_once_in_one_folder_come_to_what_one_comes_to(calm, tmp_path):
+    results, said = tmp_path / "results", [tmp_path / "one", tmp_path / "other"]
+    studies, first = [start(results, out) for out in said], {}
+    try:
+        end = time.monotonic() + 600
+        while any(study.poll() is None for study in studies):
+            assert time.monotonic() < end, [out.read_text() for out in said]
+            first = records(results) | first
+            time.sleep(0.2)
+    finally:
+        for study in studies:
+            if study.poll() is None:
+                kill(study, everything=True)
+    assert [study.returncode for study in studies] == [0, 0], [out.read_text() for out in said]
+    now = records(results)
+    assert first and {name: now[name] for name in first} == first  # none was trained again over the first's record
+    assert all("sealed" in out.read_text() for out in said)  # both met the forecast
+    the_same(results, calm)  # in which it stands once
+    assert not (results / ".checkpoints").exists()
+    doctor = subprocess.run([sys.executable, "-m", "tinylm", "doctor", str(results)], capture_output=True, text=True)
+    told = [line for line in doctor.stdout.splitlines() if str(results) in line]
+    assert doctor.returncode == 0 and told and all(line.startswith("ok ") for line in told), doctor.stdout
 
 
 def the_same(results: Path, calm: Path) -> None:

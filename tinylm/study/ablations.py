@@ -7,6 +7,7 @@ difference in loss is worth in compute is read off the baseline's own frontier a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -21,13 +22,13 @@ from scipy import stats
 
 from tinylm import counts, files
 from tinylm.config import ModelConfig, TrainConfig
-from tinylm.errors import ConfigError, TextError
+from tinylm.errors import ConfigError, LabError, TextError
 from tinylm.study import claims, contrasts, planner, plots, scaling
 from tinylm.study.design import SIZE_GROWTH, bracket, tune
 from tinylm.study.multipliers import Frontier, fit_frontier, multipliers
-from tinylm.study.parameters import AblationParameters
+from tinylm.study.parameters import AblationParameters, within_repository
 from tinylm.study.report import interval, write_table
-from tinylm.study.runs import Run
+from tinylm.study.runs import Run, read_kept
 from tinylm.study.sections import SectionStudy
 from tinylm.study.steps import have, known_text
 from tinylm.words import quantity
@@ -169,7 +170,8 @@ def with_total(model: ModelConfig, total: float) -> ModelConfig | None:
 
 def begin(settings: AblationParameters) -> Ablations:
     """The study. Seals the rules of the claims that it serves, before its first run. Raises ConfigError for a variant that is
-    not known, TextError for a text that the runs would have to read twice."""
+    not known, LabError where the folder's report tells of variants that a report of the chosen ones would lose, TextError for a
+    text that the runs would have to read twice."""
     preset = PRESETS[settings.preset]
     names = settings.chosen or preset.variants
     for name in names:
@@ -178,6 +180,12 @@ def begin(settings: AblationParameters) -> Ablations:
                 "A variant is named by a line of VARIANTS in tinylm/study/ablations.py", f"variants={name!r}",
                 f"the names are {', '.join(VARIANTS)}",
             )  # fmt: skip
+    if settings.chosen and (lost := [name for name in _reported(settings.folder) if name not in names]):
+        raise LabError(
+            "A report is not replaced by one of fewer variants",
+            f"variants={settings.variants!r}; the report in {within_repository(settings.folder)} also tells of {', '.join(lost)}",
+            f"name those too, whose runs are kept (variants={','.join([*lost, *names])}), or give another results_dir",
+        )
     study = Ablations(settings, dataclasses.replace(preset, variants=names), known_text(settings))
     most = max(trial.tokens for trial in study.trials())
     if (there := study.corpus["tokens"]["train"]) < most:
@@ -188,6 +196,15 @@ def begin(settings: AblationParameters) -> Ablations:
         )
     claims.seal(study.folder, settings.study)
     return study
+
+
+def _reported(folder: Path) -> list[str]:
+    """The variants that the report in a folder tells of; none where there is no report that can be read."""
+    found: list[str] = []
+    for path in sorted((folder / "tables").glob("contrasts_*.csv")):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            found += [name.removesuffix(AS_USED) for name in pd.read_csv(path)["variant"].astype(str)]
+    return list(dict.fromkeys(found))
 
 
 class Ablations(SectionStudy):
@@ -783,7 +800,7 @@ class Ablations(SectionStudy):
     def _speeds(self) -> dict:
         """Tokens a second of each model, measured once for a results folder."""
         path = self.folder / "speed.json"
-        known = json.loads(path.read_text()) if path.exists() else {"tokens_per_second": {}, "load": None}
+        known = read_kept(path, _speeds_of) if path.exists() else {"tokens_per_second": {}, "load": None}
         plain = TrainConfig(precision="fp32", compile=False, stride=self.recipe.seq_len)
         todo = {
             f"{trial.place.name}: {trial.name}": trial
@@ -985,6 +1002,12 @@ class Ablations(SectionStudy):
             [frame for frame in (self.tuned, self.seeded, self.planted, self.checks) if len(frame)],
             ("place", "variant"),
         )
+
+
+def _speeds_of(kept: dict) -> dict:
+    """What ``_speeds`` wrote, as it is used."""
+    speeds = {name: float(speed) for name, speed in kept["tokens_per_second"].items()}
+    return {"tokens_per_second": speeds, "load": None if kept["load"] is None else float(kept["load"])}
 
 
 def measure_for_claims(root: Path) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import io
 import json
 import math
@@ -29,7 +30,7 @@ from pathlib import Path
 
 from tinylm import counts, files
 from tinylm.config import DataConfig, GenerateConfig, ModelConfig, TrainConfig
-from tinylm.errors import ConfigError, DamagedFileError, LabError
+from tinylm.errors import ConfigError, LabError
 from tinylm.ranks import ALONE, Ranks
 from tinylm.study.parameters import repository, within_repository
 
@@ -1164,19 +1165,20 @@ def exponent(flops: Sequence[float], seconds: Sequence[float]) -> float:
 
 def read_sections(folder: Path) -> dict[str, dict]:
     """The sections that a folder holds, by name. Raises DamagedFileError where one is not as it was written."""
+    from tinylm.study.runs import read_kept
+
     found = {}
     for name in MEASURES:
         path = folder / f"{name}.json"
         if path.exists():
-            try:
-                found[name] = json.loads(path.read_text(encoding="utf-8"))
-                if found[name]["schema"] != SCHEMA or found[name]["section"] != name:
-                    raise ValueError(f"schema {found[name]['schema']}, section {found[name]['section']}")
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise DamagedFileError(
-                    "A bench's file must be as it was written", f"{path}: {error}", f"measure it anew: --only {name}"
-                ) from error
+            found[name] = read_kept(path, functools.partial(_section, name), f"measure it anew: --only {name}")
     return found
+
+
+def _section(name: str, kept: dict) -> dict:
+    if (kept["schema"], kept["section"]) != (SCHEMA, name):
+        raise ValueError(f"schema {kept['schema']}, section {kept['section']}")
+    return kept
 
 
 def draw(folder: str | os.PathLike) -> Path:

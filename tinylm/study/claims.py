@@ -25,7 +25,7 @@ from tinylm.study import contents, plots, scaling
 from tinylm.study.contrasts import MARGIN
 from tinylm.study.parameters import ClaimsParameters, repository, within_repository
 from tinylm.study.report import Report, interval, write_table
-from tinylm.study.runs import _read_checked, _write_checked, load_runs, read_record
+from tinylm.study.runs import _read_checked, _write_checked, load_runs, read_kept, read_record
 
 # ------------------------------------------------------------------------------------------------------- claims as data
 
@@ -725,8 +725,6 @@ def _products(runs: pd.DataFrame, ids: list[str], draws: int = 1000) -> list[dic
 def _gains(root: Path, ids: list[str], draws: int = 1000) -> list[dict]:
     """Claims 10 and 15: what parameters, data and compute bring at the places of the ablations, by the laws of the compute
     study, against the range of the architecture choice that matters most there."""
-    import json
-
     from tinylm.study.planner import Evidence
 
     path = root / "compute_scaling" / "tables" / "law.json"
@@ -734,7 +732,7 @@ def _gains(root: Path, ids: list[str], draws: int = 1000) -> list[dict]:
         raise LabError(
             "A claim is judged from what its study measured", f"no {within_repository(path)}", "run it again"
         )
-    law = Evidence.from_dict(json.loads(path.read_text()))
+    law = read_kept(path, Evidence.from_dict)
     ablations = evidence(root, "ablations").set_index("part")
     places = _table(root, "ablations", "places").set_index("place")
     rng = np.random.default_rng(0)

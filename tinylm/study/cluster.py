@@ -22,15 +22,16 @@ CONNECT_SECONDS = 30
 
 
 class ClusterPool(Executor):
-    """The workers of a Dask client. A worker process trains one stack at a time, however many threads it has."""
+    """The workers of a Dask client. A worker process trains one stack at a time, however many threads it has. expected: how
+    many there will be, where the cluster is still growing."""
 
-    def __init__(self, client: Client):
-        self._client, self._executor = client, client.get_executor(pure=False)
+    def __init__(self, client: Client, expected: int | None = None):
+        self._client, self._executor, self._expected = client, client.get_executor(pure=False), expected or 1
 
     @property
     def workers(self) -> int:
-        """Worker processes there are now, and at least one: a cluster may still be growing."""
-        return max(1, len(self._client.nthreads()))
+        """Worker processes there are now, or those expected where they are more: work is packed for so many, at once."""
+        return max(self._expected, len(self._client.nthreads()))
 
     def submit(self, fn: typing.Callable, /, *args: object, **kwargs: object) -> Future:
         return self._executor.submit(fn, *args, **kwargs)
@@ -43,7 +44,8 @@ class ClusterPool(Executor):
 def study_pool(cluster: str, workers: int | None = None) -> typing.Iterator[Executor]:
     """The executor of a study: its own worker processes where ``cluster`` is empty, those of a Dask cluster started on this
     machine where it is ``local``, else those of the cluster whose scheduler has that address. workers: how many to start,
-    where they are started here; None is one a processor. Raises LabError where Dask is not installed, or cannot be reached.
+    where they are started here (None is one a processor), else how many to pack work for where fewer have come yet. Raises
+    LabError where Dask is not installed, or cannot be reached.
     """
     if not cluster:
         with worker_pool(workers) as pool:
@@ -69,4 +71,10 @@ def study_pool(cluster: str, workers: int | None = None) -> typing.Iterator[Exec
                 f"cluster={cluster!r}: {type(error).__name__}: {error}",
                 "give the address that its scheduler prints, such as tcp://host:8786, or cluster=local",
             ) from error
-        yield ClusterPool(client)
+        pool = ClusterPool(client, workers)
+        if workers is None and not client.nthreads():
+            print(
+                "the cluster has no workers yet: work is packed for one; -p workers N packs it for N to come",
+                flush=True,
+            )
+        yield pool

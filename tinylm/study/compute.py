@@ -34,7 +34,7 @@ from tinylm.study.design import (
 )
 from tinylm.study.parameters import ComputeParameters
 from tinylm.study.report import interval, write_table
-from tinylm.study.runs import Run
+from tinylm.study.runs import Run, read_kept
 from tinylm.study.steps import have, known_text
 from tinylm.study.sweep import sweep
 
@@ -677,8 +677,9 @@ class ComputeScaling(quickstart.ComputeStudy):
                 for minutes, plan in zip(self.preset.promised, plans, strict=True)
             ]
             files.write_whole(path, json.dumps(said, indent=1) + "\n")
+        way_out = "put it back from a copy, or give another results_dir: promises made anew would come after their runs"
         rows = []
-        for said in json.loads(path.read_text()):
+        for said in read_kept(path, _promises, way_out):
             shape = next(s for s in LADDER if s[:2] == (said["hidden_size"], said["num_layers"]))
             point = Point(shape, said["tokens"], "promised")
             rate = self.rule_rate(shape, point.tokens)
@@ -712,6 +713,16 @@ class ComputeScaling(quickstart.ComputeStudy):
     def end(self) -> None:
         self.findings += self.checks
         self.finish([self.frame, self.noise, self.batches, self.final, *self.kept])
+
+
+def _promises(kept: list) -> list[dict]:
+    """The plans that ``keep_promises`` wrote: all numbers (else TypeError), and of shapes that plans have (else ValueError)."""
+    names = ("minutes", "threads", "hidden_size", "num_layers", "tokens", "seconds", "loss", "low", "high")
+    found = [{name: said[name] + 0 for name in names} for said in kept]
+    shapes = {(said["hidden_size"], said["num_layers"]) for said in found}
+    if not shapes or not shapes <= {shape[:2] for shape in LADDER}:
+        raise ValueError("no plans of the ladder's shapes")
+    return found
 
 
 def _at_rule(family: pd.DataFrame) -> pd.DataFrame:

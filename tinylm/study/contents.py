@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pandas as pd
 
 from tinylm.files import write_whole
 from tinylm.study.report import interval, write_table
+from tinylm.study.runs import read_kept
 
 LAWS = {  # column -> (law, parameter) of a compute study's tables/laws.csv
     "best size": ("N_opt(C) = k C^a", "a"),
@@ -97,12 +97,12 @@ def _laws(folder: Path) -> dict | None:
     try:
         laws = pd.read_csv(tables / "laws.csv").set_index(["law", "parameter"])
         minima = pd.read_csv(tables / "isoflop_minima.csv")
-        corpus = json.loads((folder / "corpora.json").read_text(encoding="utf-8"))["corpora"][0]
+        text = read_kept(folder / "corpora.json", lambda kept: kept["corpora"][0]["name"])
     except (OSError, KeyError, ValueError, IndexError):
         return None
     if not set(LAWS.values()) <= set(laws.index):
         return None
-    row = {"study": folder.name, "text": corpus["name"], "from": minima.budget.min(), "to": minima.budget.max()}
+    row = {"study": folder.name, "text": text, "from": minima.budget.min(), "to": minima.budget.max()}
     for name, where in LAWS.items():
         found = laws.loc[where]
         row |= {name: found["value"], f"{name} low": found["low"], f"{name} high": found["high"]}

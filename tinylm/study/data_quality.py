@@ -27,7 +27,7 @@ from tinylm.study.design import bracket, tune
 from tinylm.study.multipliers import Frontier, fit_frontier, multipliers
 from tinylm.study.parameters import DataQualityParameters
 from tinylm.study.report import interval, write_table
-from tinylm.study.runs import Run
+from tinylm.study.runs import Run, read_kept
 from tinylm.study.sections import SectionStudy
 from tinylm.study.steps import have, known_text
 from tinylm.tokenizer import read_pieces
@@ -394,7 +394,9 @@ class DataQuality(SectionStudy):
         """The beginning of the training part as it is, and as each kind of damage leaves it; kept beside the tables."""
         path = self.folder / "tables" / "examples.json"
         wanted = {"As it is": None} | {words(d).capitalize(): d for d in self.preset.damages if d in STRONG}
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        known = (
+            read_kept(path, lambda kept: {told: lines + "" for told, lines in kept.items()}) if path.exists() else {}
+        )
         if set(known) != set(wanted):
             text = corpora.load(self.data.text, self.data.field)
             _, spans = corpora.split_spans(text.path)
@@ -656,7 +658,9 @@ class DataQuality(SectionStudy):
     def _lines(self) -> int:
         """Lines of the validation part, alike in both parallel texts; kept beside the tables."""
         path = self.folder / "tables" / "lines.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
+        known = (
+            read_kept(path, lambda kept: {text: int(lines) for text, lines in kept.items()}) if path.exists() else {}
+        )
         if set(known) != set(self.pair):
             known = {}
             for name, where in pair_of(self.preset, self.folder).items():

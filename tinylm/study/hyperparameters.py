@@ -32,7 +32,7 @@ from tinylm.study.ablations import PRESETS as ABLATIONS
 from tinylm.study.design import Recipe, bracket, tune
 from tinylm.study.parameters import HyperparameterParameters, repository
 from tinylm.study.report import interval, write_table
-from tinylm.study.runs import Run, prepare_corpus
+from tinylm.study.runs import Run, prepare_corpus, read_kept
 from tinylm.study.sections import SectionStudy
 from tinylm.study.steps import known_text
 from tinylm.words import quantity
@@ -477,7 +477,7 @@ class OneAtATime(SectionStudy):
         """Seconds of a training step of each setting: eager, one thread, the best of three interleaved rounds. Measured once for
         a results folder; they stand in speed.json with machine, date and load."""
         path = self.folder / "speed.json"
-        known = json.loads(path.read_text()) if path.exists() else {"seconds_per_step": {}}
+        known = read_kept(path, _clock_of) if path.exists() else {"seconds_per_step": {}}
         paces = {}
         for setting in settings:
             train, model = setting.train, setting.model.resolve().to_dict()
@@ -597,7 +597,7 @@ class Hyperparameters(OneAtATime):
                 means = [float(model.loss(*(part[None] for part in data[i]))) for i in picks]
             known = {"run_id": run_id, "windows": len(means), "sd": float(np.std(means, ddof=1))}
             files.write_whole(path, json.dumps(known) + "\n")
-        sd = json.loads(path.read_text())["sd"]
+        sd = read_kept(path, lambda kept: float(kept["sd"]))
         return sd * math.sqrt(2 / max(1, self.preset.eval_tokens // self.recipe.seq_len))
 
     def ranked(self, tables: dict[str, pd.DataFrame], knobs: dict[str, Knob], times: dict) -> pd.DataFrame:
@@ -768,7 +768,7 @@ class Hyperparameters(OneAtATime):
             "models": base.run_id.tolist(),
             "asked": [[k, m] for k, m in asked],
         }
-        known = json.loads(path.read_text()) if path.exists() else {}
+        known = read_kept(path, _samples_of) if path.exists() else {}
         if {name: known.get(name) for name in names} == names:
             return known
         from tinylm.checkpoint import load_model
@@ -892,6 +892,21 @@ class Hyperparameters(OneAtATime):
 
     def end(self) -> None:
         self.finish([self.tuned, self.measured, self.judged], ("knob", "value"))
+
+
+def _clock_of(kept: dict) -> dict:
+    """What ``step_seconds`` wrote, as it is used."""
+    seconds = {pace: float(took) for pace, took in kept["seconds_per_step"].items()}
+    load = None if kept["load"] is None else float(kept["load"])
+    return {**kept, "seconds_per_step": seconds, "date": str(kept["date"]), "load": load}
+
+
+def _samples_of(kept: dict) -> dict:
+    """What ``_samples`` wrote, as it is used."""
+    scored = {score: float for score in SCORES}
+    kinds = {"knob": str, "value": str, "seed": int, "run_id": str, "seconds": float, **scored}
+    rows = [{name: kind(row[name]) for name, kind in kinds.items()} for row in kept["rows"]]
+    return {**kept, "rows": rows, "text": {score: float(kept["text"][score]) for score in SCORES}}
 
 
 def _plainly(value: object) -> str:

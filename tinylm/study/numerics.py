@@ -23,7 +23,7 @@ from tinylm.study import contrasts, plots
 from tinylm.study.hyperparameters import BASELINE, FOLLOWS, OneAtATime, Setting, Times, small_place, turned
 from tinylm.study.parameters import NumericsParameters
 from tinylm.study.report import interval, write_table
-from tinylm.study.runs import Run, prepare_corpus
+from tinylm.study.runs import Run, prepare_corpus, read_kept
 from tinylm.study.steps import known_text
 
 # ------------------------------------------------------------------------------------------------------------------ as data
@@ -233,7 +233,9 @@ class Numerics(OneAtATime):
     def _kept_bytes(self, settings: dict[tuple, Setting]) -> dict[str, int]:
         """Bytes that one step's forward pass keeps for the backward one, counted once for a results folder."""
         path = self.folder / "tables" / "kept_bytes.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
+        known = (
+            read_kept(path, lambda kept: {value: int(size) for value, size in kept.items()}) if path.exists() else {}
+        )
         if set(known) != {setting.value for setting in settings.values()}:
             known = {setting.value: kept_for_backward(setting) for setting in settings.values()}
             files.write_whole(path, json.dumps(known) + "\n")

@@ -106,7 +106,8 @@ class StudyParameters(_Config):
     repository; empty is a folder in results/local named after the study, with the preset and the text in its name where they
     are not the usual ones.
     workers: processes that train side by side; 0 is one a core. cluster: where they are: empty is this machine, ``local`` a
-    Dask cluster started on it, else the address of a Dask scheduler, whose workers there are.
+    Dask cluster started on it, else the address of a Dask scheduler, whose workers there are; ``workers`` then says how many
+    are to come, where that is more.
     """
 
     text: str = ""

@@ -192,6 +192,14 @@ class Speed:
     threads: int
     machine: str = ""
 
+    @classmethod
+    def from_dict(cls, known: dict) -> Speed:
+        """What ``dataclasses.asdict`` made of one. Raises KeyError, TypeError or ValueError where it is not that."""
+        pairs = [(float(n), float(rate)) for n, rate in zip(known["params"], known["flops_per_second"], strict=True)]
+        if not pairs or not min(map(min, pairs)) > 0:
+            raise ValueError("sizes and speeds must be positive")
+        return cls(*zip(*pairs, strict=True), int(known["threads"]), str(known.get("machine", "")))
+
     def __call__(self, shape: pd.Series | dict) -> float:
         logs = np.log(self.params), np.log(self.flops_per_second)
         return float(np.exp(np.interp(np.log(shape["params_total"]), *logs)) / shape["flops_per_token"])

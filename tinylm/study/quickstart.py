@@ -32,7 +32,7 @@ from tinylm.study.design import (
 )
 from tinylm.study.parameters import QuickstartParameters
 from tinylm.study.report import interval
-from tinylm.study.runs import Run
+from tinylm.study.runs import Run, read_kept
 from tinylm.study.steps import Study, command, have, known_text
 from tinylm.study.sweep import sweep
 from tinylm.words import duration, quantity
@@ -287,7 +287,7 @@ class ComputeStudy(Study):
         """How fast this machine trains when idle, with all its cores; measured once for a results folder."""
         path = self.folder / "speed.json"
         if path.exists():
-            return planner.Speed(**json.loads(path.read_text()))
+            return read_kept(path, planner.Speed.from_dict)
         speed = self.speed_for(self.settings.minutes)
         files.write_whole(path, json.dumps(dataclasses.asdict(speed)) + "\n")
         return speed

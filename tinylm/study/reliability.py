@@ -462,6 +462,9 @@ def kills(folder: Path, count: int, seed: int = 0, each: int = 5, say: Callable[
             rows += [{"number": len(rows) + at, "work": kind, **row} for at, row in enumerate(told)]
             wrong = sum(bool(row["wrong"]) for row in rows)
             say(f"{len(rows)} of {count} moments, {wrong} with something wrong")
+            for row in told:
+                if row["wrong"]:
+                    say(f"  {kind}, {row['way']} after {row['seconds']:.1f} s: {row['wrong']}")
     return pd.DataFrame(rows)
 
 

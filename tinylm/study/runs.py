@@ -205,6 +205,29 @@ def _read_checked(path: Path, kind: str, way_out: str) -> dict:
     return content
 
 
+Kept = typing.TypeVar("Kept")
+AGAIN = "put it back from a copy, or delete it: the next start of the study makes it anew"
+
+
+def read_kept(path: str | os.PathLike, read: Callable[[typing.Any], Kept], way_out: str = AGAIN) -> Kept:
+    """What ``read`` makes of a small JSON file that a study keeps beside its records: what it timed, counted or wrote once.
+
+    Such files carry no checksum: ``read`` takes what is used of them as the types it must have. Raises DamagedFileError
+    with the way out where the file is truncated, no JSON or of another shape, LabError where it cannot be read at all.
+    """
+    path = Path(path)
+    try:
+        return read(json.loads(path.read_bytes()))
+    except OSError as error:
+        raise LabError(
+            "A file of a study must be one that can be read", f"{path}: {error.strerror}", way_out
+        ) from error
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        raise DamagedFileError(
+            "A file of a study must be as the study wrote it", f"{path}: {error!r}", way_out
+        ) from error
+
+
 def read_record(path: str | os.PathLike) -> dict:
     """One run's record. Raises DamagedFileError for a file that is truncated, altered, renamed or of another schema."""
     path = Path(path)

@@ -7,7 +7,6 @@ and from the rates that vendors publish; nothing of it was run.
 from __future__ import annotations
 
 import dataclasses
-import json
 import textwrap
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pandas as pd
 
 from tinylm.study import design, planner
 from tinylm.study.parameters import repository
-from tinylm.study.runs import Folder
+from tinylm.study.runs import Folder, read_kept
 from tinylm.words import duration, quantity
 
 STUDY = "compute_scaling"  # whose law, speed and text are taken
@@ -46,10 +45,10 @@ def table(results: Path | None = None) -> pd.DataFrame:
     included; on a device it is FLOPs / (rate x utilisation x number).
     """
     folder = (results or repository() / "results") / STUDY
-    known = json.loads((folder / "tables" / "law.json").read_text(encoding="utf-8"))
-    speed = planner.Speed(**json.loads((folder / "speed.json").read_text(encoding="utf-8")))
+    evidence = read_kept(folder / "tables" / "law.json", planner.Evidence.from_dict)
+    speed = read_kept(folder / "speed.json", planner.Speed.from_dict)
     corpus = Folder(folder).shared("corpora")["corpora"][0]
-    evidence, recipe = planner.Evidence.from_dict(known), design.Recipe()
+    recipe = design.Recipe()
     ladder = design.rung_sizes(recipe, corpus["asked"]["vocab_size"], (*design.LADDER, *MORE))
     endless = dataclasses.replace(evidence, ladder=ladder, tokens_available=None)
     rows = []
@@ -74,7 +73,7 @@ def markdown(results: Path | None = None) -> str:
     """The table as README shows it, and under it what it takes for granted."""
     frame = table(results)
     folder = (results or repository() / "results") / STUDY
-    speed = json.loads((folder / "speed.json").read_text(encoding="utf-8"))
+    speed = read_kept(folder / "speed.json", planner.Speed.from_dict)
     lines = {
         "FLOPs": [f"{row.flops:.2g}" for row in frame.itertuples()],
         "parameters": [f"{quantity(row.params)} ({row.hidden_size} x {row.num_layers})" for row in frame.itertuples()],
@@ -91,7 +90,7 @@ def markdown(results: Path | None = None) -> str:
         "token map on disk": [_size(row.map_bytes) for row in frame.itertuples()],
         "weights, gradient, moments": [_size(row.state_bytes) for row in frame.itertuples()],
         "order of the windows": [_size(row.order_bytes) for row in frame.itertuples()],
-        f"time here ({speed['threads']} threads)": [_time(row.here_seconds) for row in frame.itertuples()],
+        f"time here ({speed.threads} threads)": [_time(row.here_seconds) for row in frame.itertuples()],
     }
     for device in DEVICES:
         for number in (1, 8):

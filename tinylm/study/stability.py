@@ -21,7 +21,7 @@ from tinylm.errors import LabError, TextError
 from tinylm.study import claims, plots
 from tinylm.study.parameters import StabilityParameters
 from tinylm.study.report import interval, write_table
-from tinylm.study.runs import Run, prepare_corpus
+from tinylm.study.runs import Run, prepare_corpus, read_kept
 from tinylm.study.sections import SectionStudy
 from tinylm.study.steps import known_text
 from tinylm.words import quantity
@@ -203,7 +203,7 @@ class Stability(SectionStudy):
             seen, asked = (np.bincount(part[:2_000_000], minlength=size) for part in (corpus.train, corpus.val))
             loss = -float(asked @ np.log((seen + 1) / (seen + 1).sum()) / asked.sum())
             files.write_whole(path, json.dumps({"nats_per_token": loss}) + "\n")
-        return json.loads(path.read_text())["nats_per_token"]
+        return read_kept(path, lambda kept: float(kept["nats_per_token"]))
 
     def measure(self) -> None:
         (self.frame,) = self.stages(self.train)

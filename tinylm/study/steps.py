@@ -23,7 +23,7 @@ from tinylm.study.cluster import study_pool
 from tinylm.study.design import LADDER, Point, Recipe, bracket
 from tinylm.study.parameters import StudyParameters, repository, within_repository
 from tinylm.study.report import Report, interval, write_table
-from tinylm.study.runs import Folder, Run, about_corpus, prepare_corpus
+from tinylm.study.runs import Folder, Run, about_corpus, prepare_corpus, read_kept
 from tinylm.study.sweep import sweep
 from tinylm.words import duration, quantity
 
@@ -236,7 +236,7 @@ class Study:
         kept = self.folder / "tables" / "pages.json"  # a large model may be left out of what is published
         config = GenerateConfig(temperature=0.8, top_p=0.95, max_new_tokens=220, seed=self.settings.seed)
         self.report.section("A page from the best model")
-        written = json.loads(kept.read_text()) if kept.exists() else {}
+        written = read_kept(kept, _pages_of) if kept.exists() else {}
         if written.get("run_id") != run_id and not path.exists():
             self.report.text("The model was not kept, so there is no page of its own here.")
             return
@@ -298,6 +298,11 @@ class Study:
         if self.folder.parent == repository() / "results":
             contents.write(self.folder.parent)
         print(f"report: {within_repository(self.folder / 'README.md')}")
+
+
+def _pages_of(kept: dict) -> dict:
+    """What ``show_samples`` wrote, as it is used."""
+    return {"run_id": kept["run_id"], "pages": {prompt: page + "" for prompt, page in kept["pages"].items()}}
 
 
 def _publish_calibration(folder: Path) -> None:

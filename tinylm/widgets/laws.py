@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from tinylm import counts
+from tinylm import backend, counts, files
 from tinylm.config import DataConfig
 from tinylm.errors import LabError
 from tinylm.study import doctor, mistakes, plots, runs
@@ -87,6 +87,13 @@ def load_runs(source: object = None, columns: dict[str, str] | None = None) -> t
             if frame[name].isna().any():
                 del frame[name]
     return frame, _told(frame, "; ".join(table.sentences()))
+
+
+def small_folder() -> Path:
+    """Where the small study is recorded: a folder for each arithmetic, since runs of different ones share none, and nobody
+    is asked here for another after an update of torch."""
+    arithmetic = files.canonical_json([backend.NUMERICS_REVISION, backend.machine()])
+    return labs_folder().with_name(f"labs-laws-{files.sha256_bytes(arithmetic.encode())[:8]}")
 
 
 def _with_a_law() -> list[Path]:
@@ -239,14 +246,14 @@ class LawsPanel(Panel):
     def _train_small(self) -> str:
         """A study of a dozen tiny runs on Python's own manual, under results/local, for want of any other."""
         recipe, text = Recipe(), own_manual()
-        points = isoflop_points(recipe, 320, SMALL_BUDGETS, sizes=4)
+        points, folder = isoflop_points(recipe, 320, SMALL_BUDGETS, sizes=4), small_folder()
         done = []
         for number, point in enumerate(points, start=1):
             model = recipe.model(point.shape, 320)
             params = counts.parameters(model)["total"]
             train = recipe.train(model, point.tokens, recipe.learning_rate(params), eval_tokens=16384)
             run = Run(model, train, DataConfig(text), {"family": "isoflop", "budget": point.budget})
-            self._live = live = LiveRun(run, labs_folder().with_name("labs-laws"))
+            self._live = live = LiveRun(run, folder)
             said = (
                 f"No study has left runs to read a law from, so {len(points)} small ones are trained, for about half a "
                 f"minute: {number}"

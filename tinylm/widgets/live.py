@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -148,7 +147,7 @@ def evidence_for(run: Run) -> tuple[Evidence, str] | None:
             ]  # fmt: skip
             path = folder / "tables" / "law.json"
             if same and path.exists():
-                return Evidence.from_dict(json.loads(path.read_text(encoding="utf-8"))), folder.name
+                return runs.read_kept(path, Evidence.from_dict), folder.name
         except (LabError, KeyError, TypeError, ValueError):
             continue
     return None
