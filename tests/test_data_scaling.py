@@ -48,7 +48,9 @@ class Simulated(DataStudy):
         params = counts.parameters(run.model)["total"]
         tokens = train.max_steps * train.windows_per_step * train.seq_len
         unique = min(tokens, train.unique_tokens)
-        name = hashlib.sha256(repr((run.model, run.train)).encode()).hexdigest()[:16]
+        # What identifies a run, so that a switch that is added changes nobody's luck.
+        fields = run.model.resolve().identifying(), run.train.resolve(run.model).identifying()
+        name = hashlib.sha256(repr(fields).encode()).hexdigest()[:16]
         rng = np.random.default_rng(int(name, 16))
         best = 0.0098 * (params / 5.3e4) ** -0.65 * (tokens / unique) ** SLOPE
         loss = float(

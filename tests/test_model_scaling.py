@@ -43,7 +43,9 @@ class Simulated(ModelStudy):
 
     def record(self, run) -> dict:
         parts, train, model = counts.parameters(run.model), run.train.resolve(run.model), run.model.resolve()
-        name = hashlib.sha256(repr((run.model, run.train)).encode()).hexdigest()[:16]
+        # What identifies a run, so that a switch that is added changes nobody's luck.
+        fields = run.model.resolve().identifying(), run.train.resolve(run.model).identifying()
+        name = hashlib.sha256(repr(fields).encode()).hexdigest()[:16]
         best = 0.0098 * (parts["total"] / 5.3e4) ** -0.65
         loss = E + A / parts["total"] ** ALPHA + 0.06 * math.log(train.learning_rate / best) ** 2
         loss += 0.03 * math.log(model.hidden_size / model.num_layers / BEST_RATIO) ** 2

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import queue
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -146,3 +148,14 @@ def _read_whole(path: Path) -> None:
                 file.get_tensor(name)
     else:
         assert path.stat().st_size or path.suffix == ".lock", path
+
+
+def test_a_script_that_ends_while_a_panel_trains_ends_in_good_order(text, tmp_path):
+    """Torch in a thread that Python cuts off would abort the process; the run keeps its place."""
+    folder = tmp_path / "runs"
+    code = OPEN.format(text=text, folder=str(folder)) + (
+        "panel.start()\nwhile panel.live.trainer is None or panel.live.trainer.step < 5: time.sleep(0.05)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "terminate" not in done.stderr, done.stderr
+    assert list((folder / ".checkpoints").rglob("*.safetensors"))

@@ -1,16 +1,19 @@
 """What all panels share: their place in a notebook, work in the background, words, pictures and controls.
 
 A panel's work runs in one thread of its own, which asks ``is_stopping`` between steps; it is a daemon, so that a closed
-kernel leaves nothing behind. A second thread draws, and ends when the picture is up to date. Saved or converted without
-widgets, a panel shows as its picture.
+kernel leaves nothing behind, and is asked to end first, since a process that cuts torch off in a thread aborts. A second
+thread draws, and ends when the picture is up to date. Saved or converted without widgets, a panel shows as its picture.
 """
 
 from __future__ import annotations
 
+import atexit
 import base64
+import contextlib
 import html
 import io
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 
@@ -42,7 +45,28 @@ _ON_ANY_GROUND = {
 
 MACHINE = threading.Lock()  # one training or measurement at a time in a kernel: they would disturb each other
 DRAWING = threading.Lock()  # matplotlib's settings and fonts belong to the whole process
+LAST_SECONDS = 4.0  # that threads have to end when the kernel does; Jupyter waits five before it kills
 _panels: weakref.WeakSet[Panel] = weakref.WeakSet()
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+
+
+def in_background(work: Callable, *given: object) -> threading.Thread:
+    """Start work(*given) in a daemon thread, which is waited for at the end of the process."""
+    thread = threading.Thread(target=work, args=given, daemon=True)
+    _threads.add(thread)
+    thread.start()
+    return thread
+
+
+@atexit.register
+def end_all() -> None:
+    """End the work of all panels as for one that takes their place, and wait for it a moment."""
+    until = time.monotonic() + LAST_SECONDS
+    for panel in list(_panels):
+        with contextlib.suppress(Exception):  # a page that is gone takes no more words
+            panel.make_room()
+    for thread in list(_threads):
+        thread.join(max(0.0, until - time.monotonic()))
 
 
 class Panel(ipywidgets.VBox):
@@ -80,8 +104,7 @@ class Panel(ipywidgets.VBox):
             self.is_running = True
             self._stop.clear()
             self.ready(False)
-            self._thread = threading.Thread(target=self._work, args=(work, given), daemon=True)
-            self._thread.start()
+            self._thread = in_background(self._work, work, given)
         return True
 
     def _work(self, work: Callable, given: tuple) -> None:
@@ -153,8 +176,7 @@ class Panel(ipywidgets.VBox):
         with self._lock:
             self._outdated = True
             if self._drawer is None and not self.is_closed:
-                self._drawer = threading.Thread(target=self._keep_drawing, daemon=True)
-                self._drawer.start()
+                self._drawer = in_background(self._keep_drawing)
 
     def _keep_drawing(self) -> None:
         while True:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import math
 import os
-import threading
 import time
 from pathlib import Path
 
@@ -39,6 +38,7 @@ from tinylm.widgets.shared import (
     choice,
     draw_curve,
     grid,
+    in_background,
     knob,
     log_x,
     offer,
@@ -309,8 +309,7 @@ class TrainingPanel(Panel):
     def _train(self) -> str:
         """The body of the thread: one run, or as much of it as was asked for."""
         live = self.live
-        ticking = threading.Thread(target=self._tick, args=(live,), daemon=True)
-        ticking.start()
+        in_background(self._tick, live)
         record = live.train(self.is_stopping, self._progress, self._point)
         if record is None or record["status"] == "stopped":
             if self._wants_pause:
