@@ -504,12 +504,17 @@ class Extrapolation(SectionStudy):
             f"sliding window. 95 % intervals; linear up to {LINEAR} nats, logarithmic beyond",
             lambda axes: self._draw_reaches(axes), size=(10.2, 4.0), panels=2,
         )  # fmt: skip
-        for name in [f"{kind} less {BASE}" for kind in PRIMARY] + [f"{BASE} less its own sliding window"]:
+        told_as = {
+            "sinusoidal less rope": "sinusoidal less rope, both carried on",
+            "learned less rope": "learned, sliding beyond T, less rope carried on",
+            "rope less its own sliding window": "rope carried on less its own sliding window",
+        }
+        for name, words in told_as.items():
             own = table[(table.contrast == name) & table.span.isin(BEYOND)]
             told = "; ".join(
                 f"{r.difference:+.3f} ({interval(r.low, r.high, '+.3f')}) from {r.span}" for r in own.itertuples()
             )
-            self.findings.append(f"Loss of {name}, nats per token, {own.seeds.min()} seeds: {told}.")
+            self.findings.append(f"Loss of {words}, nats per token, {own.seeds.min()} seeds: {told}.")
         self._write_effects()
 
     def _draw_reaches(self, axes: object) -> None:
