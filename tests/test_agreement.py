@@ -12,7 +12,7 @@ from tinylm.study import agreement, bench, reliability
 
 CLUSTER = {"hidden_size": 8, "max_steps": 900, "seed": 0, "status": "finished", "cut_off": True, "val_loss": 1.5}
 CLUSTER |= {"val_loss_local": 1.5, "differs": ""}
-RANKS = {"step": 200, "val_loss": 2.5, "val_loss_two": 2.5000025, "apart": 1e-6}
+RANKS = {"step": 200, "val_loss": 2.5, "val_loss_two": 2.5000025, "apart": 1e-6, "halves_apart": 1e-4}
 EXCHANGE = {"model": "best.safetensors", "params_total": 80_000, "positions": 128, "largest": 20.0, "difference": 2e-5}
 EXCHANGE |= {"relative": 1e-6, "tokens": 100, "same_tokens": 100, "same_text": True}
 PAIRS = (100, 80), (100, 84), (100, 90)
@@ -41,7 +41,7 @@ def wrong(name, **changes):
 def test_what_agrees_is_told_with_its_figures(tmp_path):
     page = told(tmp_path, cluster=[CLUSTER] * 2, ranks=[RANKS], exchange=[EXCHANGE], pace=turns(*PAIRS))
     assert "**2 of 2** runs of a sweep on a Dask cluster" in page and "bit for bit." in page
-    assert "to rounding: at most 1.0e-06 of the loss apart in 200 steps" in page
+    assert "to rounding: 1.0e-06 of the loss apart after 200 steps" in page and "comes to 1.0e-04." in page
     assert "**0.84** (0.82 to 0.87) at 130k parameters" in page and "Other work took 1.0% of the processor" in page
     assert "**1 of 1** exported models" in page and "2.0e-05 at most, and by 1.0e-06 of the largest" in page
     assert not [name for name in ("cluster", "ranks", "exchange") if wrong(name)]
@@ -58,6 +58,7 @@ def test_what_does_not_agree_is_told_and_counted(tmp_path):
     assert "does not give the losses of one" in page and "to rounding" not in page
     assert "**1 of 2** exported models" in page
     assert wrong("cluster", differs="status") == wrong("ranks", apart=0.01) == wrong("ranks", apart=float("nan")) == 1
+    assert wrong("ranks", apart=9e-4) == 0 and wrong("ranks", apart=2e-3) == 1  # ten times what halved batches come to
     assert wrong("exchange", relative=2e-5) == wrong("exchange", same_tokens=99) == 1
 
 
