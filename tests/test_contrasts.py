@@ -103,6 +103,19 @@ def test_equal_variants_are_told_apart_at_most_at_the_stated_rate(seeds, alike):
     assert family <= 0.08 and single <= 0.07  # 150 draws of 5 % give 8 % or less in 96 of 100 cases
 
 
+def test_without_pooling_each_interval_holds_the_truth_though_spreads_differ_tenfold():
+    held, wide = [], []
+    for draw in range(200):
+        rng = np.random.default_rng(draw)
+        own = {name: pd.Series(rng.normal(0, sd, 3)) for name, sd in (("base", 0.0), ("quiet", 0.01), ("noisy", 0.1))}
+        table = effects(own, "base", ["quiet", "noisy"], pool=False)
+        held.append((table.low < 0) & (table.high > 0))
+        wide.append(table.high - table.low)
+        assert np.allclose(table.freedom, 2)
+    assert np.mean(held, axis=0) == pytest.approx(0.95, abs=0.04)
+    assert np.divide(*np.median(wide, axis=0)) == pytest.approx(0.1, rel=0.3)
+
+
 def test_variants_that_go_together_count_as_one():
     rng = np.random.default_rng(0)
     one = pd.Series(rng.normal(0, 0.01, 6))

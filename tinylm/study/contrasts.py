@@ -71,7 +71,12 @@ POWER = 0.8
 
 
 def effects(
-    losses: dict[str, pd.Series], baseline: str, primary: Sequence[str], margin: float = MARGIN, alpha: float = 0.05
+    losses: dict[str, pd.Series],
+    baseline: str,
+    primary: Sequence[str],
+    margin: float = MARGIN,
+    alpha: float = 0.05,
+    pool: bool = True,
 ) -> pd.DataFrame:
     """Each variant against the baseline, seed by seed, each at a rate that was chosen on other seeds.
 
@@ -81,7 +86,8 @@ def effects(
     one-sided tests, Schuirmann 1987)? The variance is pooled over all variants. They share the baseline, and some share
     their initial weights, so their differences go together and the pooled variance has fewer degrees of freedom than its rows
     suggest: ``freedom`` is Satterthwaite's (1946) number for that, from the covariances as they came out, which for few seeds
-    errs on the safe side (Greenhouse and Geisser 1959).
+    errs on the safe side (Greenhouse and Geisser 1959). Where variants differ much in their spread, a pooled one is too wide for
+    the quiet and too narrow for the noisy: without ``pool`` each has its own, with as many degrees of freedom as pairs less one.
 
     Returns one row a variant: seeds (pairs), diverged, loss and seed_sd (its own), difference, error (standard), freedom,
     low, high (95 %), low_90, high_90, p, p_holm, p_equal, primary, verdict (``equal`` within the margin, else ``worse`` or
@@ -91,11 +97,11 @@ def effects(
     base = losses[baseline]
     pairs = {name: (own - base.reindex(own.index)).dropna() for name, own in losses.items() if name != baseline}
     pairs = {name: pair for name, pair in pairs.items() if len(pair)}
-    pooled, freedom = pooled_spread(pairs)
+    spreads = {name: pooled_spread(pairs if pool else {name: pair}) for name, pair in pairs.items()}
     rows = []
     for name, pair in pairs.items():
-        own = losses[name]
-        mean, error = pair.mean(), pooled / np.sqrt(len(pair))
+        own, (spread, freedom) = losses[name], spreads[name]
+        mean, error = pair.mean(), spread / np.sqrt(len(pair))
         ends = {}
         for level, suffix in ((0.95, ""), (0.90, "_90")):
             half = error * stats.t.ppf(0.5 * (1 + level), freedom)
@@ -112,7 +118,7 @@ def effects(
     table["verdict"] = [_told(row, margin, alpha) for row in table.itertuples()]
     family = alpha / max(1, int(table.primary.sum()))
     table["more_seeds"] = [
-        0 if row.verdict != "undecided" else _seeds_to_decide(row, pooled, margin, family, alpha)
+        0 if row.verdict != "undecided" else _seeds_to_decide(row, spreads[row.variant][0], margin, family, alpha)
         for row in table.itertuples()
     ]
     return table

@@ -295,8 +295,8 @@ class Norms:
         self.report.text(f"The path that this machine picked: {'; '.join(paths)}.")
         self._show("step", self.table[self.table.case == WHOLE], "The same of a whole training step")
         self.report.figure(
-            "ratios", "RMSNorm's time over LayerNorm's less one: a dot a round, coloured by sitting, and the median with its "
-            "95 % interval, which may run beyond the picture; dashed: what claim 1 calls a faster step", self._draw,
+            "ratios", "RMSNorm's time over LayerNorm's: a dot a round, coloured by sitting, and the median with its 95 % "
+            "interval, which may run beyond the picture; dashed: what claim 1 calls a faster step", self._draw,
             size=(7.6, 3.4),
         )  # fmt: skip
         self.findings.append(
@@ -337,25 +337,24 @@ class Norms:
         )  # fmt: skip
 
     def _draw(self, ax: object) -> None:
-        ax.axvline(0, color=plots.GREY, linewidth=1)
+        ax.axvline(1, color=plots.GREY, linewidth=1)
         count = self.preset.sittings
         for i, row in enumerate(self.table.itertuples()):
             own = self.times[self.times.case == row.case]
             lift = 0.5 * ((own["sitting"] + 0.5) / count - 0.5)
             colours = [plots.COLOURS[number % len(plots.COLOURS)] for number in own["sitting"]]
-            ax.scatter(100 * (own.ratio - 1), i + lift, s=14, c=colours, alpha=0.7, linewidths=0)
-            ax.plot([100 * row.low, 100 * row.high], [i, i], color="black", linewidth=2.5, solid_capstyle="butt")
-            ax.plot(100 * row.effect, i, "o", color="black", markerfacecolor="white", zorder=4)
+            ax.scatter(own.ratio, i + lift, s=14, c=colours, alpha=0.7, linewidths=0)
+            ax.plot([1 + row.low, 1 + row.high], [i, i], color="black", linewidth=2.5, solid_capstyle="butt")
+            ax.plot(1 + row.effect, i, "o", color="black", markerfacecolor="white", zorder=4)
         last = len(self.table) - 1
-        ax.plot([-100 * FASTER] * 2, [last - 0.45, last + 0.45], "--", color=plots.COLOURS[1], linewidth=1.4)
+        ax.plot([1 - FASTER] * 2, [last - 0.45, last + 0.45], "--", color=plots.COLOURS[1], linewidth=1.4)
         ax.set_yticks(range(last + 1), [CLAIMED.get(case, f"norm alone, {case}") for case in self.table.case])
         ax.set_ylim(last + 0.6, -0.6)
         ax.grid(axis="y", visible=False)
-        low, high = (100 * (self.times.ratio.quantile([0.01, 0.99]) - 1)).tolist()
-        ax.set_xlim(  # an interval of few sittings may run far out of the picture
-            max(-105.0, ax.get_xlim()[0], low - 0.5 * (high - low)), min(ax.get_xlim()[1], high + 0.5 * (high - low))
-        )
-        ax.set_xlabel("RMSNorm's time over LayerNorm's, less one (%)")
+        plots._log(ax, "x", "RMSNorm's time over LayerNorm's")
+        low, high = self.times.ratio.quantile([0.01, 0.99])
+        room = (high / low) ** 0.5  # an interval of few sittings may run far out of the picture
+        ax.set_xlim(max(ax.get_xlim()[0], low / room), min(ax.get_xlim()[1], high * room))
 
     def end(self) -> None:
         """How it was made, and the report's first lines."""
