@@ -48,7 +48,7 @@ soak: test-environment
 		$(if $(DAMAGES),--damages "$$DAMAGES") $(if $(EXAMPLES),--examples "$$EXAMPLES") $(if $(SEED),--seed "$$SEED")
 
 test: test-environment
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: test-environment
 	$(PY) -m pytest -m slow
