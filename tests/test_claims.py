@@ -355,7 +355,7 @@ def test_the_report_tells_every_verdict_with_its_interval(root, tmp_path):
     assert links and all((tmp_path / "report" / link).exists() for link in links)
     table = pd.read_csv(tmp_path / "report" / "tables" / "verdicts.csv")
     assert table.verdict.tolist() == ["supported"] and table.sealed.tolist() == ["before"]
-    assert "+0.0100 to +0.0300" in table.effect[0] and "(and 3 more parts alike)" in table.effect[0]
+    assert "+0.010 to +0.030" in table.effect[0] and "(and 3 more parts alike)" in table.effect[0]
     assert "## How this was made" in readme and "-p numbers 3`" in readme
     assert pd.read_csv(tmp_path / "report" / "tables" / "runs.csv").run_id.tolist() == ["a"]
 

@@ -842,8 +842,8 @@ class Claims:
         counted = table.verdict.value_counts()
         self.report.section("The verdicts")
         self.report.text(
-            f"Of {len(table)} claims {counted.get('supported', 0)} are supported, {counted.get('refuted', 0)} refuted and "
-            f"{counted.get('undecided', 0)} undecided at this scale. A rule that was sealed after some of its data (`sealed`) was "
+            f"Supported: {counted.get('supported', 0)} of {len(table)} claims; refuted: {counted.get('refuted', 0)}; undecided "
+            f"at this scale: {counted.get('undecided', 0)}. A rule that was sealed after some of its data (`sealed`) was "
             "written by people who could have seen them."
         )
         self.report.table(
@@ -933,7 +933,9 @@ def _words_of(verdict: Verdict) -> str:
     row = next(parts.itertuples())
     others = len(parts) - 1
     more = f" (and {others} more part{'s' * (others > 1)} alike)" if others else ""
-    return f"{row.part}: {row.effect:+.3f} {row.unit} ({_span(row)}){more}."
+    scale, unit, spec = (100, " %", "+.1f") if row.unit == "share" else (1, f" {row.unit}", "+.3f")
+    span = "exact" if row.low == row.high else interval(scale * row.low, scale * row.high, spec)
+    return f"{row.part}: {scale * row.effect:{spec}}{unit} ({span}){more}."
 
 
 def _draw_verdicts(verdicts: list[Verdict], ax: object) -> None:
