@@ -248,10 +248,18 @@ def test_generation_lab(lab, page, pictures):
     until(lambda: status.inner_text().startswith("done: 200 tokens"), 60, "200 tokens")
     written = text.inner_text()
     assert written.startswith("The") and len(written) > 200
-    spans = text.locator("span[title]")
+    spans = text.locator("label[title]")
     assert spans.count() > 150 and "likeliest: " in spans.nth(5).get_attribute("title")
     assert len({spans.nth(n).get_attribute("style") for n in range(20)}) > 5
     keep_picture(page, panel_of(page, text), pictures / "01_generation.png")
+
+    # They are there without a pointer, too: a click, then the arrow keys; the page's own shortcuts stay out of it.
+    spans.nth(5).click()
+    page.keyboard.press("ArrowRight")
+    focused = "document.activeElement.parentElement"
+    assert page.evaluate(f"{focused}.title") == spans.nth(6).get_attribute("title")
+    told = page.evaluate(f"getComputedStyle({focused}, '::after').content")
+    assert "likeliest: " in told
 
     # A long text is stopped: at once, and the panel is ready for the next.
     length = page.locator(".noUi-handle").nth(4)

@@ -12,6 +12,7 @@ import base64
 import contextlib
 import html
 import io
+import re
 import threading
 import time
 import weakref
@@ -312,7 +313,7 @@ def within(widget: ipywidgets.Widget) -> list[ipywidgets.Widget]:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A small HTML table of plain words; a narrow page scrolls it."""
+    """A small HTML table of plain words; a narrow page scrolls it, and not all that stands around it (hence the width)."""
     cells = "".join(f"<th style='text-align:left;padding:1px 12px 1px 0'>{html.escape(name)}</th>" for name in head)
     body = "".join(
         "<tr>"
@@ -320,7 +321,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         + "</tr>"
         for row in rows
     )
-    return f"<div style='overflow-x:auto;{SMALL}'><table><tr>{cells}</tr>{body}</table></div>"
+    return f"<div style='overflow-x:auto;width:0;min-width:100%;{SMALL}'><table><tr>{cells}</tr>{body}</table></div>"
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -366,8 +367,10 @@ def draw_curve(axes: Axes, curve: list[dict], name: str, colour: str, label: str
 
 
 def readable(piece: str) -> str:
-    """A piece as a label: spaces and newlines visible, and no character that the figures' font lacks."""
-    piece = piece.replace("<0x0A>", "⏎").replace("▁", "␣").replace("\n", "⏎")
+    """A piece as a label: spaces and newlines visible, a byte as the sign that it is, and no character that the figures'
+    font lacks."""
+    piece = re.sub(r"<0x([2-7][0-9A-F])>", lambda byte: chr(int(byte[1], 16)), piece.replace("<0x0A>", "⏎"))
+    piece = piece.replace("▁", "␣").replace(" ", "␣").replace("\n", "⏎")
     return "".join(char if ord(char) in _GLYPHS else "□" for char in piece)
 
 
