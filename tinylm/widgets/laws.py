@@ -86,7 +86,7 @@ def load_runs(source: object = None, columns: dict[str, str] | None = None) -> t
             frame[name] = pd.to_numeric(frame[name], errors="coerce")
             if frame[name].isna().any():
                 del frame[name]
-    return frame, _told(frame, "; ".join(table.sentences()))
+    return frame, _told(frame, "; ".join(said for said in table.sentences() if not said.endswith(": 0 rows")))
 
 
 def small_folder() -> Path:
@@ -287,7 +287,7 @@ class LawsPanel(Panel):
             heading += " (its <i>a</i> takes 6 N D for the compute, the figure's takes exact FLOPs)"
         self.words.value = (
             f"<details open style='{SMALL}'><summary>{heading}</summary><pre class='tinylm-doctor' "
-            f"style='white-space:pre-wrap;font-size:12px'>{html.escape(report)}</pre></details>"
+            f"style='white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere;font-size:12px'>{html.escape(report)}</pre></details>"
         )
 
     def _draw_picture(self, known: _Known) -> tuple[str, ...]:

@@ -86,9 +86,10 @@ class TrainingPanel(Panel):
         self._law: dict[tuple, tuple[Evidence, str] | None] = {}
         self._records = {record["run_id"]: record for record in read_curves(results_dir)}
         self.knobs = _knobs(text)
-        self.knobs |= {"name": knob(ipywidgets.Text, "name", "what to call this run; left empty, what tells it apart",
-                                    label_width=60, value="")}  # fmt: skip
-        self.prompt = knob(ipywidgets.Text, "sample", "how the samples begin", label_width=60, value="The")
+        self.knobs |= {"name": knob(ipywidgets.Text, "name of the run", "what to call this run; left empty, what tells it "
+                                    "apart", label_width=120, value="")}  # fmt: skip
+        self.prompt = knob(ipywidgets.Text, "samples begin with", "what each sample of the model goes on from",
+                           label_width=140, value="The")  # fmt: skip
         self.train_button = button("Train", "play", primary=True)
         self.pause_button = button("Pause", "pause", disabled=True)
         self.resume_button = button("Resume", "step-forward", disabled=True)
@@ -324,7 +325,7 @@ class TrainingPanel(Panel):
         if record["status"] == "finished":
             before = "" if live.trainer else "trained before; "
             return (
-                f"{before}val_loss {record['val_loss']:.3f} nats/token, {record['val_bpb']:.3f} bits/byte, in "
+                f"done: {before}val_loss {record['val_loss']:.3f} nats/token, {record['val_bpb']:.3f} bits/byte, in "
                 f"{duration(record['seconds'])}; recorded as {record['run_id']}"
             )
         return f"{record['status'].replace('_', ' ')}: {record['reason']}"
@@ -520,7 +521,7 @@ def labels_of(records: list[dict]) -> dict[str, str]:
         shown = [
             f"{name} {own[name]:.3g}" if isinstance(own[name], float) else f"{name} {own[name]}" for name in differ
         ]
-        shape = f"{own['hidden_size']} x {own['num_layers']}"
+        shape = f"{own['hidden_size']} channels, {own['num_layers']} block{'' if own['num_layers'] == 1 else 's'}"
         found[record["run_id"]] = record["tags"].get("label") or ", ".join(shown[:4]) or shape
     return found
 
@@ -634,9 +635,9 @@ def _knobs(text: str) -> dict[str, ipywidgets.Widget]:
         pick("compile",
              "compile the step first, which no Stop can cut short", [("auto", "auto"), ("no", False), ("yes", True)], False),
         pick("device", "where to compute", devices, "cpu"),
-        some("threads", "cores to use", threads, train.threads, "threads"),
-        some("checkpoint_minutes", "how often a checkpoint is written",
-             (0.0, 0.5, 1.0, 2.0, 5.0, 10.0), train.checkpoint_minutes, "minutes"),
+        some("threads", "cores to use", threads, train.threads),
+        some("checkpoint_minutes", "how often a checkpoint is written, so that a run that is cut off can go on",
+             (0.0, 0.5, 1.0, 2.0, 5.0, 10.0), train.checkpoint_minutes),
     ]  # fmt: skip
     found = {control.description.split(" (")[0]: control for control in made}
     assert set(found) == {*_MODEL, *_TRAIN, "tokenizer"}, "every hyperparameter has its knob"
