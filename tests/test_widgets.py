@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import io
 import json
 import re
 import threading
@@ -16,6 +17,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
 from nbconvert import HTMLExporter
 
 from tinylm import decoding, widgets
@@ -306,6 +308,19 @@ def test_the_figure_copes_with_any_vocabulary():
     assert picture.startswith(PNG)
     many = {stage: np.full(5000, 1 / 5000) for stage in STAGES}
     assert widgets.draw_filters(many, GenerateConfig(), str).startswith(PNG)
+
+
+def test_a_picture_of_two_parts_is_cut_where_nothing_is_drawn(panel):
+    def draw(figure):
+        for axes in shared.parts(figure):
+            axes.plot([0, 1e6], [0, 1e-6])
+            axes.set(xlabel="a long label " * 3, ylabel="another", title="and a title")
+
+    for picture in (panel.picture.value, shared.png(draw, (9.6, 3.8))):
+        opaque = imread(io.BytesIO(picture))[:, :, 3]
+        cut = round(shared.LEFT * opaque.shape[1])
+        assert not opaque[:, cut - 1 : cut + 2].any()
+        assert opaque[:, :cut].any() and opaque[:, cut:].any()
 
 
 def test_the_best_model_is_found_in_ones_own_results_first(tmp_path, monkeypatch):

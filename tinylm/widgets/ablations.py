@@ -32,6 +32,7 @@ from tinylm.widgets.shared import (
     grid,
     knob,
     log_x,
+    parts,
     place,
     png,
     table,
@@ -134,6 +135,7 @@ class AblationsPanel(Panel):
             self.shown_picture(),
             self.known,
         ]
+        self.in_parts()
         self.ready(True)
         self._changed()
         self.known.value = _known_variants()
@@ -239,7 +241,7 @@ class AblationsPanel(Panel):
         return [(name, live) for name, live in self.lives.items() if live.curve]
 
     def _draw_curves(self, figure: Figure) -> None:
-        curves, ends = figure.subplots(1, 2, width_ratios=(1.6, 1))
+        curves, ends = parts(figure)
         drawn = self._drawn()
         if not drawn:
             wait_for(curves, "press Train and speak:\ncurves will grow here")

@@ -18,7 +18,21 @@ from tinylm.config import GenerateConfig
 from tinylm.generate import STAGES, TokenOut, filter_logits, next_token_logits, stream
 from tinylm.model import TinyLM
 from tinylm.tokenizer import Tokenizer
-from tinylm.widgets.shared import BLUE, DRAWING, GREY, ORANGE, PAGE, Panel, beside, button, grid, knob, place, readable
+from tinylm.widgets.shared import (
+    BLUE,
+    DRAWING,
+    GREY,
+    LEFT,
+    ORANGE,
+    PAGE,
+    Panel,
+    beside,
+    button,
+    grid,
+    knob,
+    place,
+    readable,
+)
 
 WASH = (
     "30, 136, 229"  # one hue in many strengths, told apart by lightness alone; as a wash it suits light and dark themes
@@ -92,6 +106,7 @@ class GenerationPanel(Panel):
             ipywidgets.HTML(_CAPTION),
             self.shown_picture(),
         ]
+        self.in_parts()
         self._show(prompt, [[]])
         self._try_to_draw()
 
@@ -205,25 +220,36 @@ def draw_filters(
     values = {name: np.append(stage[shown], stage[rest].sum())[: len(names)] for name, stage in stages.items()}
     settings = {
         "model": "the model",
-        "repetition_penalty": f"repetition_penalty {config.repetition_penalty:g}",
-        "temperature": f"temperature {config.temperature:g}",
-        "top_k": f"top_k {config.top_k or 'all'}",
-        "top_p": f"top_p {config.top_p:g}",
+        "repetition_penalty": f"repetition_penalty\n{config.repetition_penalty:g}",
+        "temperature": f"temperature\n{config.temperature:g}",
+        "top_k": f"top_k\n{config.top_k or 'all'}",
+        "top_p": f"top_p\n{config.top_p:g}",
     }
-    step, top = 1.5, max(value.max() for value in values.values())
-    figure = Figure(figsize=(9.6, 0.6 + 0.23 * len(names)), dpi=130)
+    # In units of the longest bar. A picture of two parts: three stages in the left one, each part with the tokens' names.
+    step, room, in_left, top = 1.5, 0.75, 3, max(value.max() for value in values.values())
+    second = (room + (len(STAGES) - in_left) * step) / (1 / LEFT - 1)  # where the right part begins
+    lefts = [room + step * n for n in range(in_left)]
+    lefts += [second + room + step * n for n in range(len(STAGES) - in_left)]
+    figure = Figure(figsize=(9.6, 0.75 + 0.23 * len(names)), dpi=130)
     FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.09, 0.01, 0.91, 0.97))
-    axes.set(xlim=(-0.05, step * len(STAGES)), ylim=(len(names) - 0.4, -1.6))
+    axes = figure.add_axes((0, 0.01, 1, 0.97))
+    axes.set(xlim=(0, second / LEFT), ylim=(len(names) - 0.4, -2.1))
     axes.axis("off")
     words = {"color": GREY, "fontsize": 8.5, "va": "center", "parse_math": False}
     for row, name in enumerate(names):
-        axes.text(-0.05, row, name, ha="right", **words)
+        for left in (lefts[0], lefts[in_left]):
+            axes.text(left - 0.05, row, name, ha="right", **words)
     before = None
     for column, stage in enumerate(STAGES):
-        value, left = values[stage], column * step
+        value, left = values[stage], lefts[column]
         changes = stage == "model" or not np.array_equal(stages[stage], before)
-        axes.text(left, -1.1, settings[stage], ha="left", **{**words, "weight": "bold" if changes else "normal"})
+        axes.text(
+            left,
+            -0.7,
+            settings[stage],
+            ha="left",
+            **{**words, "va": "bottom", "weight": "bold" if changes else "normal"},
+        )
         axes.barh(range(len(names)), value / top, left=left, height=0.7, color=BLUE, alpha=1.0 if changes else 0.35)
         axes.vlines(left, -0.5, len(names) - 0.5, color=GREY, linewidth=0.8)
         if before is not None and changes:
@@ -275,7 +301,9 @@ def _span(tokens: list[TokenOut]) -> str:
     """A piece of text in the colour of its probability; several tokens are the bytes of one character. Its alternatives
     show under the pointer, and below it when it is clicked or reached by the keyboard."""
     probability = math.prod(token.probability for token in tokens)
-    title = f"probability {_percent(probability)}" + (f" ({len(tokens)} tokens for this character)" if len(tokens) > 1 else "")
+    title = f"probability {_percent(probability)}" + (
+        f" ({len(tokens)} tokens for this character)" if len(tokens) > 1 else ""
+    )
     others = ", ".join(f"{readable(piece)} {_percent(p)}" for _, piece, p in tokens[-1].alternatives)
     title = html.escape(f"{title}\nlikeliest: {others}", quote=True).replace("\n", "&#10;")
     wash = f"background:rgba({WASH}, {_strength(probability):.2f})"

@@ -18,7 +18,21 @@ from tinylm.inside import Inside, look_inside, loss_by_position, position_simila
 from tinylm.model import TinyLM
 from tinylm.tokenizer import Tokenizer
 from tinylm.widgets.models import own_manual
-from tinylm.widgets.shared import BLUE, COLOURS, GREY, SMALL, Panel, choice, grid, knob, log_x, place, png, readable
+from tinylm.widgets.shared import (
+    BLUE,
+    COLOURS,
+    GREY,
+    SMALL,
+    Panel,
+    choice,
+    grid,
+    knob,
+    log_x,
+    parts,
+    place,
+    png,
+    readable,
+)
 
 VIEWS = {
     "attention": "One head's attention. Each row is a token; the stronger a box, the more this token reads from the token of "
@@ -29,8 +43,8 @@ VIEWS = {
     "after the embedding or after that block. The last row is the model's own word.",
     "loss by position": "How much the model is surprised by a token, by how many tokens of the window it has read before; "
     "lower is better.",
-    "positions": "How alike two places look to the model: 1 the same, 0 unrelated, -1 opposite. On the left any two places, "
-    "on the right the average by their distance.",
+    "positions": "How alike two places look to the model: 1 the same, 0 unrelated, -1 opposite. On the left the average by "
+    "their distance, on the right any two places.",
     "KV cache": "The memory that writing takes: keys and values of all tokens so far, by how many heads share them.",
 }
 SHOWN = 32  # tokens of a text that are looked at
@@ -98,6 +112,7 @@ class InsidePanel(Panel):
         }
         blocks = len(self.inside.attention)
         height = {"attention": 6.4, "all heads": 0.6 + 1.9 * blocks, "logit lens": 1.6 + 0.42 * (blocks + 1)}
+        self.in_parts(view == "positions")
         self.picture.value = png(draws[view], (9.6, height.get(view, 4.2)))
 
 
@@ -161,12 +176,12 @@ def _positions_loss(figure: Figure, losses: np.ndarray, name: str) -> None:
 
 
 def _positions(figure: Figure, model: TinyLM) -> None:
-    pairs, distance = figure.subplots(1, 2, width_ratios=(1, 1.3))
+    distance, pairs = parts(figure)
     alike = position_similarity(model)
     image = pairs.imshow(alike, cmap="RdBu", vmin=-1, vmax=1)
     pairs.set(xlabel="position", ylabel="position", title=f"position: {model.config.position}")
     pairs.grid(False)
-    figure.colorbar(image, ax=pairs, label="cosine", shrink=0.8)
+    pairs.figure.colorbar(image, ax=pairs, label="cosine", location="bottom", aspect=30)
     distance.plot([np.diagonal(alike, -d).mean() for d in range(len(alike))], color=COLOURS[1])
     distance.axhline(0, color=GREY, linewidth=0.8)
     distance.set(xlabel="distance (tokens)", ylabel="how alike, on average (cosine)", ylim=(-1.05, 1.05))

@@ -362,6 +362,7 @@ def _draw(figure: Figure, steps: list[Reading], plan: mistakes.Planned) -> None:
             textcoords="offset points",
             fontsize=8,
             ha="center",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8},
         )
     walk.set_yticks(places, names)
     walk.set(ylim=(len(steps) - 0.4, -0.8), xlabel="a: the best size grows as compute^a (band: 95 %)")

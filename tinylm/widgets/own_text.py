@@ -34,6 +34,7 @@ from tinylm.widgets.shared import (
     grid,
     knob,
     log_x,
+    parts,
     place,
     png,
     table,
@@ -103,6 +104,7 @@ class TextPanel(Panel):
             self.samples,
             self.speaking,
         ]
+        self.in_parts()
         self._try_to_draw()
         self.look()
 
@@ -164,8 +166,8 @@ class TextPanel(Panel):
             ]
             tried = table(("vocabulary (tokens)", "bytes a token", "bits a byte by token frequencies alone"), rows)
             tried += (
-                f"<div style='{SMALL}'>That is what a model would need that knows how frequent each token is, and nothing of "
-                "their order. Yours begins there and has to come below the compressor.</div>"
+                f"<div style='{SMALL}'>The last column is what a model comes to that knows how frequent each token is, and "
+                "nothing of their order. Yours begins there; a good one ends below the compressor.</div>"
             )
         self.quality.value = (
             f"<div class='tinylm-quality' style='{SMALL}'><b>{html.escape(self.text.name)}</b>{said}</div>{tried}"
@@ -296,7 +298,7 @@ class TextPanel(Panel):
         self.picture.value = png(self._draw, (9.6, 3.4))
 
     def _draw(self, figure: Figure) -> None:
-        tried, curve = figure.subplots(1, 2)
+        curve, tried = parts(figure)
         if self.tokenizers is None:
             wait_for(tried, "tokenizers are tried on the text:\ntheir bits per byte will stand here")
         else:

@@ -42,6 +42,7 @@ from tinylm.widgets.shared import (
     knob,
     log_x,
     offer,
+    parts,
     place,
     png,
     table,
@@ -119,6 +120,7 @@ class TrainingPanel(Panel):
             self.compare,
             self.comparison,
         ]
+        self.in_parts()
         for name, control in self.knobs.items():
             if name != "name":
                 control.observe(self._changed, "value")
@@ -200,14 +202,14 @@ class TrainingPanel(Panel):
             return
         with self._lock:  # facts are told from a thread too, and Train may be pressed meanwhile
             self.train_button.disabled = self.is_running or self._is_paused
-        parts = counts.parameters(run.model)
+        params = counts.parameters(run.model)
         tokens = run.train.max_steps * run.train.windows_per_step * run.train.resolve(run.model).seq_len
         seconds = self._seconds(run, tokens)
         lines = [
-            f"<b>{parts['total']:,} parameters</b>: "
-            + ", ".join(f"{name} {parts[name]:,}" for name in
-                        ("embedding", "position", "attention", "mlp", "norm", "head") if parts[name])
-            + f"; {parts['non_embedding']:,} without embeddings",
+            f"<b>{params['total']:,} parameters</b>: "
+            + ", ".join(f"{name} {params[name]:,}" for name in
+                        ("embedding", "position", "attention", "mlp", "norm", "head") if params[name])
+            + f"; {params['non_embedding']:,} without embeddings",
             f"<b>{quantity(run.flops)} FLOPs</b> for {quantity(tokens)} tokens in {run.train.max_steps:,} steps of "
             f"{run.train.windows_per_step * run.train.resolve(run.model).seq_len:,} tokens",
             f"<b>about {memory_estimate(run.model, run.train) / 1e6:,.0f} MB</b> of memory; "
@@ -216,7 +218,7 @@ class TrainingPanel(Panel):
         ]  # fmt: skip
         law = self._law.get(_law_key(run))
         if law is not None:
-            expected = law[0].surface.predict(parts["total"], tokens, seed_sd=law[0].seed_sd).iloc[0]
+            expected = law[0].surface.predict(params["total"], tokens, seed_sd=law[0].seed_sd).iloc[0]
             reach = run.flops / law[0].largest_flops
             lines.append(
                 f"The law of {html.escape(law[1])} expects a loss of <b>{expected['loss']:.3f}</b> "
@@ -428,7 +430,7 @@ class TrainingPanel(Panel):
         self.picture.value = png(lambda figure: self._draw_curves(figure, run), (9.6, 3.9))
 
     def _draw_curves(self, figure: Figure, run: Run) -> None:
-        loss, rate = figure.subplots(1, 2, width_ratios=(2.2, 1))
+        loss, rate = parts(figure)
         records = self.records()
         labels = labels_of(records)
         curves = [(labels[r["run_id"]], r["curve"], "-") for r in records]
