@@ -57,11 +57,12 @@ VARIANTS = {
     "fixed init": {"init": "fixed"},
 }
 SAID = {
-    "the recipe": "RMSNorm before each part, SwiGLU, RoPE, one matrix for reading and writing tokens",
+    "the recipe": "vectors brought to size by their length (RMSNorm) before each part, a feed-forward with a learned gate "
+    "(SwiGLU), positions as turns of queries and keys (RoPE), one matrix for reading and writing tokens",
     "learned positions": "each place of the window has a vector of its own, which is learned",
     "sinusoidal positions": "each place of the window has a vector of sine waves, which is not learned",
     "no positions": "nothing tells a token its place, but that it sees only what stands before it",
-    "ReLU instead of SwiGLU": "the feed-forward cuts off what is negative; SwiGLU has a learned gate for it",
+    "ReLU instead of SwiGLU": "the feed-forward cuts off what is negative, and has no learned gate",
     "GELU instead of SwiGLU": "the feed-forward cuts off what is negative, with a soft edge",
     "ReLU squared instead of SwiGLU": "the feed-forward cuts off what is negative and squares the rest",
     "LayerNorm instead of RMSNorm": "the mean is taken off a vector before it is brought to size",

@@ -181,7 +181,7 @@ def _positions(figure: Figure, model: TinyLM) -> None:
     image = pairs.imshow(alike, cmap="RdBu", vmin=-1, vmax=1)
     pairs.set(xlabel="position", ylabel="position", title=f"position: {model.config.position}")
     pairs.grid(False)
-    pairs.figure.colorbar(image, ax=pairs, label="cosine", location="bottom", aspect=30)
+    pairs.figure.colorbar(image, ax=pairs, label="cosine", location="bottom", aspect=30, ticks=(-1, -0.5, 0, 0.5, 1))
     distance.plot([np.diagonal(alike, -d).mean() for d in range(len(alike))], color=COLOURS[1])
     distance.axhline(0, color=GREY, linewidth=0.8)
     distance.set(xlabel="distance (tokens)", ylabel="how alike, on average (cosine)", ylim=(-1.05, 1.05))
