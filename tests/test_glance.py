@@ -27,7 +27,7 @@ def test_size_repeats_alphabet_and_compressibility(tmp_path):
     assert seen.compressed < 0.3 and seen.bits == 8 * seen.compressed
     said = " ".join(seen.sentences())
     assert (
-        "MB in 401 lines" in said
+        "kB in 401 lines" in said
         and "looked at: the first 4 MB, in 9 lines" in glance.Glance(5_000_000, 9, 0.0, 5, 0, 0.5).sentences()[0]
     )
     assert "little text" in said and "Much is repeated" in said

@@ -167,7 +167,7 @@ def run_all(lab: Lab, page, name: str) -> float:
 
 def first_picture(lab: Lab, page, pressed: float) -> None:
     """Wait for the panel's picture: within 10 s of Run All on an idle machine, and of computing on any."""
-    picture = page.locator(".widget-image")
+    picture = page.locator(".widget-image").first
     until(lambda: picture.count() or errors_of(page), 180, "the panel (a model may have to be trained first)")
     seconds, computing = time.monotonic() - pressed, kernel_seconds(lab)
     load = os.getloadavg()[0]
@@ -230,7 +230,11 @@ def errors_of(page) -> list[str]:
 def test_generation_lab(lab, page, pictures):
     first_picture(lab, page, run_all(lab, page, "01_generation"))
     generate, stop = (button_of(page, name) for name in ("Generate", "Stop"))
-    text, status, picture = page.locator(".tinylm-text"), page.locator(".tinylm-status"), page.locator(".widget-image")
+    text, status, picture = (
+        page.locator(".tinylm-text"),
+        page.locator(".tinylm-status"),
+        page.locator(".widget-image").first,
+    )
     # The cells below the panel ran too: the last one tells of four temperatures.
     page.get_by_text("temperature 1.5, ").wait_for(timeout=30_000)
     assert text.inner_text().strip() == "The"
@@ -248,10 +252,29 @@ def test_generation_lab(lab, page, pictures):
     until(lambda: status.inner_text().startswith("done: 200 tokens"), 60, "200 tokens")
     written = text.inner_text()
     assert written.startswith("The") and len(written) > 200
-    spans = text.locator("span[title]")
+    spans = text.locator("label[title]")
     assert spans.count() > 150 and "likeliest: " in spans.nth(5).get_attribute("title")
     assert len({spans.nth(n).get_attribute("style") for n in range(20)}) > 5
     keep_picture(page, panel_of(page, text), pictures / "01_generation.png")
+
+    # They are there without a pointer, too: a click, then the arrow keys; the page's own shortcuts stay out of it.
+    spans.nth(5).click()
+    page.keyboard.press("ArrowRight")
+    focused = "document.activeElement.parentElement"
+    assert page.evaluate(f"{focused}.title") == spans.nth(6).get_attribute("title")
+    told = page.evaluate(f"getComputedStyle({focused}, '::after').content")
+    assert "likeliest: " in told
+
+    # A narrow page shows the figure in two parts, one below the other, and nothing is wider than the page.
+    panel, again = panel_of(page, text), page.locator(".tinylm-again")
+    wide, is_whole = page.viewport_size, not again.is_visible()
+    page.set_viewport_size({"width": 800, "height": 1500})
+    until(again.is_visible, 10, "the second part of the figure")
+    assert is_whole and panel.bounding_box()["width"] < 500
+    first, second = (page.locator(".tinylm-picture > .widget-box").nth(n).bounding_box() for n in range(2))
+    assert second["y"] >= first["y"] + first["height"] and second["width"] <= panel.bounding_box()["width"]
+    assert page.evaluate("e => e.scrollWidth <= e.clientWidth", panel.element_handle())
+    page.set_viewport_size(wide)
 
     # A long text is stopped: at once, and the panel is ready for the next.
     length = page.locator(".noUi-handle").nth(4)
@@ -280,7 +303,7 @@ def test_training_lab(lab, page, pictures):
     facts, status, picture = (
         page.locator(".tinylm-facts"),
         page.locator(".tinylm-status"),
-        page.locator(".widget-image"),
+        page.locator(".widget-image").first,
     )
     until(lambda: "parameters" in facts.inner_text(), 60, "the costs")
     until(lambda: "on this machine" in facts.inner_text(), 60, "the expected time")
@@ -335,7 +358,7 @@ def test_training_lab(lab, page, pictures):
 
 def test_inside_lab(lab, page, pictures):
     first_picture(lab, page, run_all(lab, page, "04_inside_the_model"))
-    view, picture = page.locator(".tinylm-view"), page.locator(".widget-image")
+    view, picture = page.locator(".tinylm-view"), page.locator(".widget-image").first
     seen = {picture.get_attribute("src")}
     for name in ("all heads", "loss by position", "positions", "KV cache", "logit lens", "attention"):
         before = picture.get_attribute("src")
@@ -353,7 +376,7 @@ def test_inside_lab(lab, page, pictures):
 
 def test_laws_lab(lab, page, pictures):
     first_picture(lab, page, run_all(lab, page, "05_read_the_laws"))
-    plan, picture = page.locator(".tinylm-plan"), page.locator(".widget-image")
+    plan, picture = page.locator(".tinylm-plan"), page.locator(".widget-image").first
     until(lambda: page.locator(".tinylm-doctor").count(), 60, "the doctor")
     before, words = picture.get_attribute("src"), plan.inner_text()
     page.get_by_text("use one learning rate for all sizes").last.click()

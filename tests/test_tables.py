@@ -146,7 +146,7 @@ def test_files_that_are_no_tables_are_refused(write, tmp_path):
         read_runs(tmp_path / "absent.csv", NAMES)
     with pytest.raises(LabError, match="no rows"):
         read_runs(write("N,D,L\n"), NAMES)
-    with pytest.raises(LabError, match=r"no 'L' in .*the columns are N, D"):
+    with pytest.raises(LabError, match=r"no 'L' in .*the columns are N, D; say which one holds loss"):
         read_runs(write("N,D\n1,2\n"), NAMES)
     with pytest.raises(LabError, match="2 'L' in"):
         read_runs(write("N,D,L,L\n1,2,3,4\n"), NAMES)

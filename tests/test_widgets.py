@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import base64
 import html
+import io
 import json
 import re
 import threading
 import time
+from html.parser import HTMLParser
 from pathlib import Path
 
+import ipywidgets
 import nbformat
 import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
 from nbconvert import HTMLExporter
 
 from tinylm import decoding, widgets
@@ -79,7 +83,7 @@ def test_several_samples_stand_side_by_side_each_of_its_own_seed(panel):
     panel.samples.value, panel.max_new_tokens.value, panel.seed.value = 3, 20, 5
     panel.start()
     assert panel.wait(20) and words(panel.status).startswith("done: 60 tokens")
-    pages = re.findall(r"<div class='tinylm-text'[^>]*>(.*?)</div>", panel.text.value, re.DOTALL)
+    pages = re.findall(r"<form [^>]*class='tinylm-text'[^>]*>(.*?)</form>", panel.text.value, re.DOTALL)
     texts = [html.unescape(re.sub(r"<[^>]*>", "", page)) for page in pages]
     config = panel.config
     assert texts == [
@@ -247,14 +251,53 @@ def test_the_less_likely_the_stronger():
 def test_a_token_tells_its_alternatives_and_cannot_break_the_page():
     span = generation._span([token('<b a="1">&', 0.25, (1, "▁the", 0.5), (2, '"<0x0A>', 0.0123))])
     title = html.unescape(re.search(r'title="([^"]*)"', span)[1])
-    assert title == '25 %\nlikeliest: ␣the 50 %, "⏎ 1.2 %'
+    assert title == 'probability 25 %\nlikeliest: ␣the 50 %, "⏎ 1.2 %'
     assert html.unescape(re.sub(r"<[^>]*>", "", span)) == '<b a="1">&'
-    assert span.count("<") == 2  # the span and its end
+    assert span.count("<") == 3  # the label, its button and its end
+
+
+def test_a_piece_is_readable_as_a_label():
+    assert [shared.readable(piece) for piece in ("▁the", "<0x0A>", "<0x2D>", "<0x20>", "<0xE6>", "a\nb")] == [
+        "␣the", "⏎", "-", "␣", "<0xE6>", "a⏎b"
+    ]  # fmt: skip
 
 
 def test_the_bytes_of_a_character_are_one_span():
     span = generation._span([token("", 0.5), token("é", 0.5)])
-    assert "25 % (2 tokens for this character)" in span and span.endswith(">é</span>")
+    assert "25 % (2 tokens for this character)" in span and span.endswith(">é</label>")
+
+
+class _Page(HTMLParser):
+    """What a keyboard meets on a page: for each form its attributes and, for each radio button in it, the button's
+    attributes and those of the label around it."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.forms, self.label = [], {}
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "form":
+            self.forms.append((dict(attrs), []))
+        elif tag == "label":
+            self.label = dict(attrs)
+        elif tag == "input":
+            self.forms[-1][1].append((dict(attrs), self.label))
+
+
+def test_the_keyboard_reaches_the_alternatives_of_every_token(panel):
+    panel.samples.value, panel.max_new_tokens.value = 2, 20
+    panel.start()
+    assert panel.wait(20)
+    page = _Page(panel.text.value)
+    assert len(page.forms) == 2  # each text is one stop of the Tab key: radio buttons of one name in one form
+    for form, tokens in page.forms:
+        assert form["method"] == "dialog"  # Enter sends it nowhere
+        assert len(tokens) > 10 and {button["type"] for button, _ in tokens} == {"radio"}
+        assert len({button["name"] for button, _ in tokens}) == 1
+        assert all("likeliest: " in label["title"] for _, label in tokens)
+    styles = "".join(part.value for part in shared.within(panel) if isinstance(part, ipywidgets.HTML))
+    assert ".tinylm-text label:focus-within::after{content:attr(title)" in styles  # shown without a pointer
 
 
 def test_the_figure_copes_with_any_vocabulary():
@@ -265,6 +308,19 @@ def test_the_figure_copes_with_any_vocabulary():
     assert picture.startswith(PNG)
     many = {stage: np.full(5000, 1 / 5000) for stage in STAGES}
     assert widgets.draw_filters(many, GenerateConfig(), str).startswith(PNG)
+
+
+def test_a_picture_of_two_parts_is_cut_where_nothing_is_drawn(panel):
+    def draw(figure):
+        for axes in shared.parts(figure):
+            axes.plot([0, 1e6], [0, 1e-6])
+            axes.set(xlabel="a long label " * 3, ylabel="another", title="and a title")
+
+    for picture in (panel.picture.value, shared.png(draw, (9.6, 3.8))):
+        opaque = imread(io.BytesIO(picture))[:, :, 3]
+        cut = round(shared.LEFT * opaque.shape[1])
+        assert not opaque[:, cut - 1 : cut + 2].any()
+        assert opaque[:, :cut].any() and opaque[:, cut:].any()
 
 
 def test_the_best_model_is_found_in_ones_own_results_first(tmp_path, monkeypatch):

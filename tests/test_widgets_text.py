@@ -90,6 +90,9 @@ def test_a_file_that_is_none_is_told_in_words(panel):
     panel.path.value = "/no/such/file.txt"
     panel.look_button.click()
     assert panel.wait(10) and "Way out" in words(panel.status)
+    assert panel.train_button.disabled and not (
+        words(panel.quality) + words(panel.plan_words)
+    )  # nothing of the text before it
 
 
 def test_an_upload_is_kept_and_looked_at(panel):

@@ -173,7 +173,7 @@ def test_a_run_is_trained_recorded_and_compared(panel):
     panel.train_button.click()
     assert panel.train_button.disabled and not panel.stop_button.disabled
     assert panel.wait(30)
-    assert re.match(r"\s*val_loss [\d.]+ nats/token", words(panel.status)), words(panel.status)
+    assert re.match(r"\s*done: val_loss [\d.]+ nats/token", words(panel.status)), words(panel.status)
     until(lambda: panel._drawer is None)
     assert bytes(panel.picture.value) != before
     frame = runs.load_runs(panel.results_dir)

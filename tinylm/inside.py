@@ -73,9 +73,9 @@ def _attention(block: torch.nn.Module, x: Tensor, angles: tuple[Tensor, Tensor] 
 
 
 @torch.no_grad()
-def loss_by_position(model: TinyLM, tokens: np.ndarray, windows: int = 64) -> tuple[np.ndarray, np.ndarray]:
-    """Mean loss (T,) in nats at each position of max_seq_len windows, and its standard error (T,; NaN where there is one
-    window), over up to so many windows spread evenly over ``tokens``: how much more a model knows the more it has read."""
+def loss_by_position(model: TinyLM, tokens: np.ndarray, windows: int = 64) -> np.ndarray:
+    """Losses (W, T) in nats of up to so many windows, spread evenly over ``tokens``, at each position of max_seq_len: their
+    mean over windows says how much more a model knows the more it has read."""
     data = TextDataset.from_tokens(tokens, model.config.max_seq_len, stride=model.config.max_seq_len)
     chosen = np.unique(np.linspace(0, len(data) - 1, min(windows, len(data))).astype(int))
     was_training, losses = model.training, []
@@ -87,10 +87,7 @@ def loss_by_position(model: TinyLM, tokens: np.ndarray, windows: int = 64) -> tu
             losses.append(F.cross_entropy(logits.transpose(1, 2), targets, reduction="none"))
     finally:
         model.train(was_training)
-    all_losses = torch.cat(losses).numpy()
-    count = len(all_losses)
-    error = all_losses.std(0, ddof=1) / count**0.5 if count > 1 else np.full(all_losses.shape[1], np.nan)
-    return all_losses.mean(0), error
+    return torch.cat(losses).numpy()
 
 
 @torch.no_grad()

@@ -41,12 +41,13 @@ class Glance:
     def sentences(self) -> list[str]:
         """What it says of the text, in words."""
         said = [
-            f"{self.bytes / 1e6:.2f} MB"
+            (f"{self.bytes / 1e6:.2f} MB" if self.bytes >= 1e5 else f"{self.bytes / 1e3:.1f} kB")
             + (f"; looked at: the first {LOOKED_AT // 10**6} MB," if self.bytes > LOOKED_AT else "")
             + f" in {self.lines:,} lines",
-            f"{self.characters:,} different characters, {self.rare:,} of them fewer than 10 times",
-            f"LZMA packs it to {self.compressed:.0%}, {self.bits:.2f} bits a byte: a model has to do better than that",
-            f"{self.repeated:.1%} of the longer lines stood there before",
+            f"{self.characters:,} different characters, {self.rare:,} of them come fewer than 10 times",
+            f"The compressor LZMA packs it to {self.compressed:.0%}, {self.bits:.2f} bits a byte: a model has to do better "
+            "than that",
+            f"{self.repeated:.1%} of the longer lines repeat an earlier line word for word",
         ]
         if self.bytes < 200_000:
             said.append(
@@ -104,7 +105,9 @@ def tokenizers(
         raw = len(held.encode("utf-8"))
         rows.append({"vocab_size": size, "bytes_per_token": raw / len(new), "bits_per_byte": bits / raw})
     if not rows:
-        raise LabError("A text must support a vocabulary of at least 320", text.name, "give a longer text")
+        raise LabError(
+            "A text must support a vocabulary of at least 320", text.name, "give a longer or more varied text"
+        )
     return pd.DataFrame(rows)
 
 

@@ -96,12 +96,12 @@ def read_runs(path: str | Path, columns: dict[str, str], drop: Sequence[str] = (
         raise LabError(
             "The table must be a readable CSV file in UTF-8", f"{path}: {error}", "check the path"
         ) from error
-    for name in columns.values():
+    for role, name in columns.items():
         if names.count(name) != 1:
             raise LabError(
                 "The table must have each column that is named, once",
                 f"{names.count(name) or 'no'} {name!r} in {path}",
-                f"the columns are {', '.join(names) or 'none, the file is empty'}",
+                f"the columns are {', '.join(names)}; say which one holds {role}" if names else "the file is empty",
             )
     if not lines:
         raise LabError("The table must hold runs", f"{path} has a header and no rows")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import time
 from pathlib import Path
 
 import ipywidgets
@@ -17,7 +18,7 @@ from tinylm.errors import LabError
 from tinylm.generate import stream
 from tinylm.study.design import Recipe
 from tinylm.study.runs import Run
-from tinylm.widgets.generation import side_by_side, write_together
+from tinylm.widgets.generation import LEGEND, side_by_side, write_together
 from tinylm.widgets.live import PLAIN, LiveRun, labs_folder
 from tinylm.widgets.models import own_manual, study_folders
 from tinylm.widgets.shared import (
@@ -31,12 +32,13 @@ from tinylm.widgets.shared import (
     grid,
     knob,
     log_x,
+    parts,
     place,
     png,
     table,
     wait_for,
 )
-from tinylm.words import quantity
+from tinylm.words import duration, quantity
 
 # Each differs from the recipe in one visible line.
 VARIANTS = {
@@ -53,6 +55,22 @@ VARIANTS = {
     "normed queries and keys": {"qk_norm": True},
     "untied embeddings": {"tie_embeddings": False},
     "fixed init": {"init": "fixed"},
+}
+SAID = {
+    "the recipe": "vectors brought to size by their length (RMSNorm) before each part, a feed-forward with a learned gate "
+    "(SwiGLU), positions as turns of queries and keys (RoPE), one matrix for reading and writing tokens",
+    "learned positions": "each place of the window has a vector of its own, which is learned",
+    "sinusoidal positions": "each place of the window has a vector of sine waves, which is not learned",
+    "no positions": "nothing tells a token its place, but that it sees only what stands before it",
+    "ReLU instead of SwiGLU": "the feed-forward cuts off what is negative, and has no learned gate",
+    "GELU instead of SwiGLU": "the feed-forward cuts off what is negative, with a soft edge",
+    "ReLU squared instead of SwiGLU": "the feed-forward cuts off what is negative and squares the rest",
+    "LayerNorm instead of RMSNorm": "the mean is taken off a vector before it is brought to size",
+    "post-norm instead of pre-norm": "vectors are brought to size after each sum, not before each part",
+    "one key-value head for all": "all heads read the same keys and values, so that writing takes less memory",
+    "normed queries and keys": "queries and keys are brought to size before they meet",
+    "untied embeddings": "one matrix reads tokens and another one writes them: more parameters",
+    "fixed init": "first weights spread alike in every model, however wide it is",
 }
 MOST = 4  # texts that fit beside each other
 
@@ -113,10 +131,12 @@ class AblationsPanel(Panel):
             grid([self.tokens, self.vocab_size, self.seed, self.temperature, self.prompt]),
             self.facts,
             beside(self.train_button, self.speak_button, self.stop_button, self.status),
+            ipywidgets.HTML(LEGEND),
             self.text,
             self.shown_picture(),
             self.known,
         ]
+        self.in_parts()
         self.ready(True)
         self._changed()
         self.known.value = _known_variants()
@@ -146,7 +166,10 @@ class AblationsPanel(Panel):
             (name, f"{counts.parameters(run.model)['total']:,}", quantity(run.flops), f"{run.train.max_steps:,}")
             for name, run in wanted.items()
         ]
-        self.facts.value = table(("variant", "parameters", "FLOPs", "steps"), rows)
+        said = "".join(f"<div><b>{html.escape(name)}</b>: {html.escape(SAID[name])}.</div>" for name in wanted)
+        self.facts.value = f"<div style='{SMALL}'>{said}</div>" + table(
+            ("variant", "parameters", "FLOPs", "steps"), rows
+        )
         if len(wanted) < 2 and not self.is_running:
             self._say("Pick two to four variants: a comparison needs something to compare with.")
         self.train_button.disabled = self.is_running or len(wanted) < 2
@@ -176,11 +199,13 @@ class AblationsPanel(Panel):
     def _train(self, wanted: dict[str, Run]) -> str:
         self.lives = {name: LiveRun(run, self.results_dir, self.prompt.value or "The") for name, run in wanted.items()}
         for number, (name, live) in enumerate(self.lives.items(), start=1):
-            said = f"training {number} of {len(wanted)}: {name}"
+            said, began = f"training {number} of {len(wanted)}: {name}", time.perf_counter()
             self._progress(f"{said} …")
 
-            def on_point(live: LiveRun = live, said: str = said) -> None:
-                self._progress(f"{said}, step {live.trainer.step:,} of {live.run.train.max_steps:,}")
+            def on_point(live: LiveRun = live, said: str = said, began: float = began) -> None:
+                step, steps = live.trainer.step, live.run.train.max_steps
+                left = (time.perf_counter() - began) / step * (steps - step)
+                self._progress(f"{said}, step {step:,} of {steps:,}, {duration(left)} left for this one")
                 self._show_samples()
                 self.redraw()
 
@@ -211,11 +236,14 @@ class AblationsPanel(Panel):
         return write_together(texts, len(texts) * config.max_new_tokens, show, self._progress)
 
     def draw(self) -> None:
-        self.picture.value = png(self._draw_curves, (9.6, 3.8))
+        self.picture.value = png(self._draw_curves, (9.6, 3.8 if self._drawn() else 0.8))
+
+    def _drawn(self) -> list[tuple[str, LiveRun]]:
+        return [(name, live) for name, live in self.lives.items() if live.curve]
 
     def _draw_curves(self, figure: Figure) -> None:
-        curves, ends = figure.subplots(1, 2, width_ratios=(1.6, 1))
-        drawn = [(name, live) for name, live in self.lives.items() if live.curve]
+        curves, ends = parts(figure)
+        drawn = self._drawn()
         if not drawn:
             wait_for(curves, "press Train and speak:\ncurves will grow here")
             wait_for(ends, "and here the differences\nat their ends")
@@ -224,7 +252,7 @@ class AblationsPanel(Panel):
             draw_curve(curves, live.curve, "val_loss", COLOURS[number], name)
         curves.set_ylabel("validation loss (nats/token)")
         log_x(curves, "training tokens")
-        curves.set_title("same text, batches and seed")
+        curves.set_title("same text, batches and seed (star: on more text, at the end)")
         done = [
             (name, live.record["val_loss"], colour)
             for (name, live), colour in zip(drawn, COLOURS, strict=False)
@@ -238,7 +266,8 @@ class AblationsPanel(Panel):
             ends.invert_yaxis()
             ends.xaxis.set_major_locator(ticker.MaxNLocator(4))
             ends.axvline(0, color=GREY, linewidth=0.8)
-        ends.set(xlabel=f"loss above that of {done[0][0]} (nats/token)" if done else "", title="at the end, one seed")
+        ends.set(xlabel=f"loss above that of {done[0][0]} (nats/token)\nto the left is better" if done else "",
+                 title="at the end, one seed")  # fmt: skip
 
 
 def _known_variants() -> str:

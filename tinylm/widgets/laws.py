@@ -24,7 +24,7 @@ from tinylm.study.runs import Run
 from tinylm.study.tables import ROLES, read_runs
 from tinylm.widgets.live import LiveRun, labs_folder
 from tinylm.widgets.models import own_manual, study_folders
-from tinylm.widgets.shared import ORANGE, SMALL, Panel, beside, button, grid, knob, place, png
+from tinylm.widgets.shared import LEFT, ORANGE, SMALL, Panel, beside, button, grid, knob, place, png
 from tinylm.words import duration, quantity
 
 SMALL_BUDGETS = (2e9, 6e9, 2e10)  # of the study that is trained where no runs are there at all
@@ -86,7 +86,7 @@ def load_runs(source: object = None, columns: dict[str, str] | None = None) -> t
             frame[name] = pd.to_numeric(frame[name], errors="coerce")
             if frame[name].isna().any():
                 del frame[name]
-    return frame, _told(frame, "; ".join(table.sentences()))
+    return frame, _told(frame, "; ".join(said for said in table.sentences() if not said.endswith(": 0 rows")))
 
 
 def small_folder() -> Path:
@@ -184,6 +184,7 @@ class LawsPanel(Panel):
             self.shown_picture(),
             self.words,
         ]
+        self.in_parts()
         self.load(source, columns)
 
     def load(self, source: object = None, columns: dict[str, str] | None = None) -> None:
@@ -287,7 +288,7 @@ class LawsPanel(Panel):
             heading += " (its <i>a</i> takes 6 N D for the compute, the figure's takes exact FLOPs)"
         self.words.value = (
             f"<details open style='{SMALL}'><summary>{heading}</summary><pre class='tinylm-doctor' "
-            f"style='white-space:pre-wrap;font-size:12px'>{html.escape(report)}</pre></details>"
+            f"style='white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere;font-size:12px'>{html.escape(report)}</pre></details>"
         )
 
     def _draw_picture(self, known: _Known) -> tuple[str, ...]:
@@ -295,7 +296,7 @@ class LawsPanel(Panel):
         chosen = self.chosen
         steps = [known.read(chosen[:count]) for count in range(len(chosen) + 1)]
         plan = mistakes.planned(steps[0], steps[-1], self.budget.value)
-        picture = png(lambda figure: _draw(figure, steps, plan), (10.5, 7.4), paper=True, dpi=95)
+        picture = png(lambda figure: _draw(figure, steps, plan), (10.5, 6.8), paper=True, dpi=95)
         with self._lock:
             if known is self._known:
                 self.honest, self.reading = steps[0], steps[-1]
@@ -335,8 +336,9 @@ def _columns_of(text: str) -> dict[str, str] | None:
 
 def _draw(figure: Figure, steps: list[Reading], plan: mistakes.Planned) -> None:
     reading = steps[-1]
-    upper, lower = figure.subfigures(2, 1, height_ratios=(3.2, 1))
-    families, surface = upper.subplots(1, 2)
+    left, right = figure.subfigures(1, 2, width_ratios=(LEFT, 1 - LEFT))
+    upper, lower = left.subfigures(2, 1, height_ratios=(2.2, 1))
+    families, walk, surface = upper.subplots(), lower.subplots(), right.subplots()
     rows = reading.points[reading.points["budget"].notna()]
     if len(rows):
         plots.isoflop(rows.drop(columns="learning_rate", errors="ignore"), reading.minima, ax=families, params="N")
@@ -347,7 +349,6 @@ def _draw(figure: Figure, steps: list[Reading], plan: mistakes.Planned) -> None:
     counted = plan.params if "non-embedding" not in reading.mistakes else reading.best_size(plan.flops)
     with np.errstate(invalid="ignore"):  # a law that does not fall has no best size to draw
         plots.surface(reading.fit, ax=surface, planned=(counted, plan.tokens))
-    walk = lower.subplots()
     names = ["none of the mistakes"]
     names += [f"+ {MISTAKES[_added(before, after)]}" for before, after in itertools.pairwise(steps)]
     places = np.arange(len(steps))
@@ -362,9 +363,10 @@ def _draw(figure: Figure, steps: list[Reading], plan: mistakes.Planned) -> None:
             textcoords="offset points",
             fontsize=8,
             ha="center",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8},
         )
     walk.set_yticks(places, names)
-    walk.set(ylim=(len(steps) - 0.4, -0.8), xlabel="a: the best size grows as compute^a (band: 95 %)")
+    walk.set(ylim=(len(steps) - 0.4, -0.8), xlabel="a: best size as compute^a (band: 95 %)")
     walk.set_xlim(min(0.0, np.nanmin(values)), max(1.0, np.nanmax(values)))
     walk.spines[["top", "right"]].set_visible(False)
 

@@ -34,6 +34,7 @@ from tinylm.widgets.shared import (
     grid,
     knob,
     log_x,
+    parts,
     place,
     png,
     table,
@@ -103,6 +104,7 @@ class TextPanel(Panel):
             self.samples,
             self.speaking,
         ]
+        self.in_parts()
         self._try_to_draw()
         self.look()
 
@@ -123,10 +125,10 @@ class TextPanel(Panel):
 
     def _look(self, path: str) -> str:
         self._progress("reading the text …")
+        self.text = self.tokenizers = None
+        self.quality.value = self.plan_words.value = ""  # that was of another text
         text = corpora.load(path)
-        seen = glance.glance(text)
-        self.text, self.glance, self.tokenizers = text, seen, None
-        self.plan_words.value = ""  # that was of another text
+        self.text, self.glance = text, glance.glance(text)
         self._show_quality()
 
         def say(size: int) -> None:
@@ -163,6 +165,10 @@ class TextPanel(Panel):
                 for row in self.tokenizers.itertuples()
             ]
             tried = table(("vocabulary (tokens)", "bytes a token", "bits a byte by token frequencies alone"), rows)
+            tried += (
+                f"<div style='{SMALL}'>The last column is what a model comes to that knows how frequent each token is, and "
+                "nothing of their order. Yours begins there; a good one ends below the compressor.</div>"
+            )
         self.quality.value = (
             f"<div class='tinylm-quality' style='{SMALL}'><b>{html.escape(self.text.name)}</b>{said}</div>{tried}"
         )
@@ -207,7 +213,7 @@ class TextPanel(Panel):
         short = " The text would be read too often for more: give more text, or less time." if plan.epochs >= 8 else ""
         self.plan_words.value = (
             f"<div class='tinylm-plan' style='{SMALL}'>The plan: <b>{quantity(total)} parameters</b> "
-            f"({plan.model.hidden_size} x {plan.model.num_layers}) on <b>{quantity(plan.tokens)} tokens</b>{again}, "
+            f"({plan.model.hidden_size} channels, {plan.model.num_layers} blocks) on <b>{quantity(plan.tokens)} tokens</b>{again}, "
             f"about <b>{duration(plan.seconds)}</b> on this machine as busy as it is now.{short}</div>"
         )
 
@@ -274,7 +280,7 @@ class TextPanel(Panel):
         self.speaking.children = [self.voice]
         self.voice.start()
         return (
-            f"val_loss {record['val_loss']:.3f} nats/token, {record['val_bpb']:.3f} bits/byte "
+            f"done: val_loss {record['val_loss']:.3f} nats/token, {record['val_bpb']:.3f} bits/byte "
             f"(LZMA: {self.glance.bits:.2f}), in {duration(record['seconds'])}; recorded in {live.folder.path.name}; "
             "the model speaks below"
         )
@@ -292,14 +298,14 @@ class TextPanel(Panel):
         self.picture.value = png(self._draw, (9.6, 3.4))
 
     def _draw(self, figure: Figure) -> None:
-        tried, curve = figure.subplots(1, 2)
+        curve, tried = parts(figure)
         if self.tokenizers is None:
             wait_for(tried, "tokenizers are tried on the text:\ntheir bits per byte will stand here")
         else:
             tried.plot(self.tokenizers["vocab_size"], self.tokenizers["bits_per_byte"], "o-", color=COLOURS[0])
             tried.axhline(self.glance.bits, color=GREY, linestyle=":", label="LZMA")
             tried.legend()
-            tried.set(ylabel="bits/byte", title="token frequencies alone")
+            tried.set(ylabel="bits/byte", title="what token frequencies alone tell")
             log_x(tried, "vocabulary (tokens)")
         points = self.live.curve if self.live is not None else []
         if not points:

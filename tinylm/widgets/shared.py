@@ -12,6 +12,7 @@ import base64
 import contextlib
 import html
 import io
+import re
 import threading
 import time
 import weakref
@@ -35,6 +36,17 @@ PAGE = (
     "border:1px solid var(--jp-border-color2,#808080);border-radius:4px"
 )
 SMALL = "font-size:13px;line-height:1.5;color:var(--jp-content-font-color1,inherit)"
+LEFT = 0.6  # of the width of a picture of two parts
+# The same picture stands on the page twice: a wide one hides the second, a narrow one shows a part of it in each.
+_PARTS = f"""<style>
+.tinylm-picture {{container-type: inline-size}}
+.tinylm-again {{display: none}}
+@container (max-width: 620px) {{
+  .tinylm-parts > div {{display: flex; overflow: hidden !important}}
+  .tinylm-parts img {{flex: none; min-width: 0 !important; max-width: none; width: {100 / LEFT:.4f}% !important}}
+  .tinylm-parts > .tinylm-again img {{margin-left: -100%}}
+}}
+</style>"""
 _ON_ANY_GROUND = {
     **{f"{part}.color": GREY for part in ("text", "xtick", "ytick")},
     **{"axes.labelcolor": GREY, "axes.edgecolor": GREY, "axes.titlecolor": GREY, "axes.grid": True},
@@ -91,8 +103,16 @@ class Panel(ipywidgets.VBox):
         self._outdated = self._is_complaining = False
 
     def shown_picture(self) -> ipywidgets.Box:
-        """The picture, which a narrow page scrolls."""
-        return ipywidgets.Box([self.picture], layout={"overflow": "auto hidden"})
+        """The picture. A narrow page scrolls it, or shows the parts of one that has two (see ``in_parts``, ``parts``) below
+        one another."""
+        left, right = (ipywidgets.Box([self.picture], layout={"overflow": "auto hidden"}) for _ in range(2))
+        right.add_class("tinylm-again")
+        self._shown = ipywidgets.VBox([ipywidgets.HTML(_PARTS, layout={"display": "none"}), left, right])
+        return self._shown.add_class("tinylm-picture")
+
+    def in_parts(self, is_so: bool = True) -> None:
+        """Whether the picture is one of two parts, as ``parts`` cuts a figure."""
+        self._shown.add_class("tinylm-parts") if is_so else self._shown.remove_class("tinylm-parts")
 
     # Work in the background.
 
@@ -312,7 +332,7 @@ def within(widget: ipywidgets.Widget) -> list[ipywidgets.Widget]:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A small HTML table of plain words; a narrow page scrolls it."""
+    """A small HTML table of plain words; a narrow page scrolls it, and not all that stands around it (hence the width)."""
     cells = "".join(f"<th style='text-align:left;padding:1px 12px 1px 0'>{html.escape(name)}</th>" for name in head)
     body = "".join(
         "<tr>"
@@ -320,7 +340,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         + "</tr>"
         for row in rows
     )
-    return f"<div style='overflow-x:auto;{SMALL}'><table><tr>{cells}</tr>{body}</table></div>"
+    return f"<div style='overflow-x:auto;width:0;min-width:100%;{SMALL}'><table><tr>{cells}</tr>{body}</table></div>"
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -335,6 +355,12 @@ def png(draw: Callable[[Figure], object], size: tuple[float, float], paper: bool
         out = io.BytesIO()
         figure.savefig(out, format="png", dpi=dpi, transparent=not paper)
         return out.getvalue()
+
+
+def parts(figure: Figure) -> tuple[Axes, Axes]:
+    """The axes of a picture of two parts, the left one ``LEFT`` of its width."""
+    left, right = figure.subfigures(1, 2, width_ratios=(LEFT, 1 - LEFT))
+    return left.subplots(), right.subplots()
 
 
 def log_x(axes: Axes, label: str) -> None:
@@ -366,8 +392,10 @@ def draw_curve(axes: Axes, curve: list[dict], name: str, colour: str, label: str
 
 
 def readable(piece: str) -> str:
-    """A piece as a label: spaces and newlines visible, and no character that the figures' font lacks."""
-    piece = piece.replace("<0x0A>", "⏎").replace("▁", "␣").replace("\n", "⏎")
+    """A piece as a label: spaces and newlines visible, a byte as the sign that it is, and no character that the figures'
+    font lacks."""
+    piece = re.sub(r"<0x([2-7][0-9A-F])>", lambda byte: chr(int(byte[1], 16)), piece.replace("<0x0A>", "⏎"))
+    piece = piece.replace("▁", "␣").replace(" ", "␣").replace("\n", "⏎")
     return "".join(char if ord(char) in _GLYPHS else "□" for char in piece)
 
 

@@ -42,6 +42,7 @@ from tinylm.widgets.shared import (
     knob,
     log_x,
     offer,
+    parts,
     place,
     png,
     table,
@@ -86,9 +87,10 @@ class TrainingPanel(Panel):
         self._law: dict[tuple, tuple[Evidence, str] | None] = {}
         self._records = {record["run_id"]: record for record in read_curves(results_dir)}
         self.knobs = _knobs(text)
-        self.knobs |= {"name": knob(ipywidgets.Text, "name", "what to call this run; left empty, what tells it apart",
-                                    label_width=60, value="")}  # fmt: skip
-        self.prompt = knob(ipywidgets.Text, "sample", "how the samples begin", label_width=60, value="The")
+        self.knobs |= {"name": knob(ipywidgets.Text, "name of the run", "what to call this run; left empty, what tells it "
+                                    "apart", label_width=120, value="")}  # fmt: skip
+        self.prompt = knob(ipywidgets.Text, "samples begin with", "what each sample of the model goes on from",
+                           label_width=140, value="The")  # fmt: skip
         self.train_button = button("Train", "play", primary=True)
         self.pause_button = button("Pause", "pause", disabled=True)
         self.resume_button = button("Resume", "step-forward", disabled=True)
@@ -118,6 +120,7 @@ class TrainingPanel(Panel):
             self.compare,
             self.comparison,
         ]
+        self.in_parts()
         for name, control in self.knobs.items():
             if name != "name":
                 control.observe(self._changed, "value")
@@ -199,14 +202,14 @@ class TrainingPanel(Panel):
             return
         with self._lock:  # facts are told from a thread too, and Train may be pressed meanwhile
             self.train_button.disabled = self.is_running or self._is_paused
-        parts = counts.parameters(run.model)
+        params = counts.parameters(run.model)
         tokens = run.train.max_steps * run.train.windows_per_step * run.train.resolve(run.model).seq_len
         seconds = self._seconds(run, tokens)
         lines = [
-            f"<b>{parts['total']:,} parameters</b>: "
-            + ", ".join(f"{name} {parts[name]:,}" for name in
-                        ("embedding", "position", "attention", "mlp", "norm", "head") if parts[name])
-            + f"; {parts['non_embedding']:,} without embeddings",
+            f"<b>{params['total']:,} parameters</b>: "
+            + ", ".join(f"{name} {params[name]:,}" for name in
+                        ("embedding", "position", "attention", "mlp", "norm", "head") if params[name])
+            + f"; {params['non_embedding']:,} without embeddings",
             f"<b>{quantity(run.flops)} FLOPs</b> for {quantity(tokens)} tokens in {run.train.max_steps:,} steps of "
             f"{run.train.windows_per_step * run.train.resolve(run.model).seq_len:,} tokens",
             f"<b>about {memory_estimate(run.model, run.train) / 1e6:,.0f} MB</b> of memory; "
@@ -215,7 +218,7 @@ class TrainingPanel(Panel):
         ]  # fmt: skip
         law = self._law.get(_law_key(run))
         if law is not None:
-            expected = law[0].surface.predict(parts["total"], tokens, seed_sd=law[0].seed_sd).iloc[0]
+            expected = law[0].surface.predict(params["total"], tokens, seed_sd=law[0].seed_sd).iloc[0]
             reach = run.flops / law[0].largest_flops
             lines.append(
                 f"The law of {html.escape(law[1])} expects a loss of <b>{expected['loss']:.3f}</b> "
@@ -324,7 +327,7 @@ class TrainingPanel(Panel):
         if record["status"] == "finished":
             before = "" if live.trainer else "trained before; "
             return (
-                f"{before}val_loss {record['val_loss']:.3f} nats/token, {record['val_bpb']:.3f} bits/byte, in "
+                f"done: {before}val_loss {record['val_loss']:.3f} nats/token, {record['val_bpb']:.3f} bits/byte, in "
                 f"{duration(record['seconds'])}; recorded as {record['run_id']}"
             )
         return f"{record['status'].replace('_', ' ')}: {record['reason']}"
@@ -427,7 +430,7 @@ class TrainingPanel(Panel):
         self.picture.value = png(lambda figure: self._draw_curves(figure, run), (9.6, 3.9))
 
     def _draw_curves(self, figure: Figure, run: Run) -> None:
-        loss, rate = figure.subplots(1, 2, width_ratios=(2.2, 1))
+        loss, rate = parts(figure)
         records = self.records()
         labels = labels_of(records)
         curves = [(labels[r["run_id"]], r["curve"], "-") for r in records]
@@ -520,7 +523,7 @@ def labels_of(records: list[dict]) -> dict[str, str]:
         shown = [
             f"{name} {own[name]:.3g}" if isinstance(own[name], float) else f"{name} {own[name]}" for name in differ
         ]
-        shape = f"{own['hidden_size']} x {own['num_layers']}"
+        shape = f"{own['hidden_size']} channels, {own['num_layers']} block{'' if own['num_layers'] == 1 else 's'}"
         found[record["run_id"]] = record["tags"].get("label") or ", ".join(shown[:4]) or shape
     return found
 
@@ -634,9 +637,9 @@ def _knobs(text: str) -> dict[str, ipywidgets.Widget]:
         pick("compile",
              "compile the step first, which no Stop can cut short", [("auto", "auto"), ("no", False), ("yes", True)], False),
         pick("device", "where to compute", devices, "cpu"),
-        some("threads", "cores to use", threads, train.threads, "threads"),
-        some("checkpoint_minutes", "how often a checkpoint is written",
-             (0.0, 0.5, 1.0, 2.0, 5.0, 10.0), train.checkpoint_minutes, "minutes"),
+        some("threads", "cores to use", threads, train.threads),
+        some("checkpoint_minutes", "how often a checkpoint is written, so that a run that is cut off can go on",
+             (0.0, 0.5, 1.0, 2.0, 5.0, 10.0), train.checkpoint_minutes),
     ]  # fmt: skip
     found = {control.description.split(" (")[0]: control for control in made}
     assert set(found) == {*_MODEL, *_TRAIN, "tokenizer"}, "every hyperparameter has its knob"
