@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import threading
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -165,8 +166,10 @@ def test_subsets_hold_the_tokens_asked_for_and_lie_inside_each_other(stride):
 # Order
 
 
+@pytest.mark.parametrize("whole", [train_module.SHUFFLED_WHOLE, 0], ids=["shuffled whole", "drawn in parts"])
 @pytest.mark.parametrize("changes", [{}, {"batch_size": 3}, {"unique_tokens": 30}, {"batch_size": 700}])
-def test_the_stream_of_windows_is_whole_epochs_each_in_an_order_of_its_own(changes):
+def test_the_stream_of_windows_is_whole_epochs_each_in_an_order_of_its_own(changes, whole, monkeypatch):
+    monkeypatch.setattr(train_module, "SHUFFLED_WHOLE", whole)
     run = trainer(**changes)
     count = len(run.windows)
     stream = np.concatenate([run._windows_at(step) for step in range(-(-3 * count // run.config.batch_size))])
@@ -177,12 +180,33 @@ def test_the_stream_of_windows_is_whole_epochs_each_in_an_order_of_its_own(chang
         assert len(set(epochs)) == 3
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 3, 1000, 65_535, 65_537, 300_000])
-def test_a_shuffle_in_four_bytes_a_window_is_the_permutation_of_numpy(count):
-    for parts in (("evaluation",), ("subset",), ("order", 3, 7)):
-        order = train_module._shuffle(count, *parts)
-        expected = np.random.RandomState(train_module._seed(*parts)).permutation(count)
-        assert order.dtype == np.uint32 and order.tolist() == expected.tolist()
+@pytest.mark.parametrize("count", [1, 2, 3, 1000, 4096, 65_537])
+def test_an_order_drawn_in_parts_is_a_permutation_like_one_drawn_by_chance(count, monkeypatch):
+    monkeypatch.setattr(train_module, "SHUFFLED_WHOLE", 0)
+    monkeypatch.setattr(train_module._Permutation, "AT_ONCE", 1000)
+    order = train_module._shuffle(count, "order", 3, 7)
+    whole = order[:]
+    assert len(order) == count and np.array_equal(np.sort(whole), np.arange(count))
+    for part in (slice(0, 5), slice(count // 2, None), slice(count - 1, count + 9), slice(0, 0)):
+        assert np.array_equal(order[part], whole[part])
+    if count < 1000:
+        return
+    other = train_module._shuffle(count, "order", 4, 7)[:]
+    for pair in ((whole, other), (whole, np.arange(count)), (whole[1:], whole[:-1])):
+        assert abs(np.corrcoef(*pair)[0, 1]) < 4 / count**0.5
+        assert (pair[0] == pair[1]).sum() < 9  # one on average
+    jumps = np.bincount(np.diff(whole) % count * 16 // count, minlength=16)  # any place may follow any other
+    assert ((jumps - count / 16) ** 2 / (count / 16)).sum() < 44  # chi squared of 15: 1 in 10,000
+
+
+def test_the_order_of_any_number_of_windows_takes_no_room():
+    endless = np.broadcast_to(np.uint8(0), 1 << 44)
+    data = TextDataset.from_tokens(endless, 16, 16)
+    tracemalloc.start()
+    order = train_module._shuffle(len(data), "order", 0, 0)
+    assert len(set(order[10**11 : 10**11 + 100].tolist())) == 100 and isinstance(data.subset(None), range)
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
 
 
 def test_targets_are_counted_beyond_four_bytes():

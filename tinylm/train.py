@@ -39,6 +39,7 @@ from tinylm.words import in_kernel
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
 WINDOWS_MAPPED = 256  # windows read before the pages of a memory map are given back
+SHUFFLED_WHOLE = 1 << 22  # windows; of more, each part of the order is drawn when it is needed
 
 
 class TextDataset:
@@ -104,21 +105,21 @@ class TextDataset:
         steps = np.minimum(np.diff(np.sort(indices)), apart).astype(np.int64) * self.stride
         return int(np.minimum(steps, self.max_seq_len).sum()) + self.max_seq_len
 
-    def subset(self, unique_tokens: int | None) -> np.ndarray:
+    def subset(self, unique_tokens: int | None) -> np.ndarray | range:
         """Numbers of the windows that hold ``unique_tokens`` distinct targets, whole windows at least so many.
 
         They are the head of one shuffle that is the same for every seed: a smaller subset lies inside every larger one.
         None, or all there is, gives all windows. Raises TextError where the text has fewer tokens.
         """
         if unique_tokens is None:
-            return _range(len(self))
+            return range(len(self))
         if unique_tokens > len(self.tokens) - 1:
             raise TextError(
                 "unique_tokens may not exceed what the text holds",
                 f"unique_tokens={unique_tokens}, the text has {len(self.tokens) - 1} targets",
                 "lower unique_tokens, leave it out to use all, or give more text",
             )
-        order = _shuffle(len(self), "subset")
+        order = _shuffle(len(self), "subset")[:]
         least = min(-(-unique_tokens // self.max_seq_len), len(self))  # enough where windows do not overlap
         count = least + bisect.bisect_left(
             range(least, len(self)), unique_tokens, key=lambda count: self.covered(order[:count])
@@ -300,7 +301,7 @@ class Trainer:
         self._stack: Stack | None = None
         self._best: dict | None = None  # the best point of the curve, where there is patience
         self._best_weights: dict[str, Tensor] = {}
-        self._order: tuple[int, np.ndarray] | None = None  # an epoch and its shuffle
+        self._order: tuple[int, np.ndarray | _Permutation] | None = None  # an epoch and its shuffle
         self._stop = threading.Event()
         self._all_stop = False  # what the processes agreed on in the last step
 
@@ -407,7 +408,11 @@ class Trainer:
                 self._order = (epoch, _shuffle(count, "order", self.config.seed, epoch))
             parts.append(self._order[1][place : place + left])
             first, left = first + len(parts[-1]), left - len(parts[-1])
-        return self.windows[np.concatenate(parts)]
+        return self._numbered(np.concatenate(parts))
+
+    def _numbered(self, places: np.ndarray) -> np.ndarray:
+        """The windows at these places of the subset."""
+        return places if isinstance(self.windows, range) else self.windows[places]
 
     def _batches(self) -> list[tuple[Tensor, Tensor]]:
         """Inputs and targets (B, T) of this step, one pair for each of its micro-steps: of each, this process's part."""
@@ -525,7 +530,7 @@ class Trainer:
         final = best if ended else last
         diverged = self._status == "diverged"
         seen = self.step * self.config.windows_per_step
-        order = self._first_epoch()[:seen]
+        order = self._numbered(_shuffle(len(self.windows), "order", self.config.seed, 0)[:seen])
         return TrainResult(
             status=self._status,
             reason=self._reason,
@@ -542,9 +547,6 @@ class Trainer:
             seconds=self._seconds,
             tokens_per_second=self._tokens_per_second,
         )
-
-    def _first_epoch(self) -> np.ndarray:
-        return self.windows[_shuffle(len(self.windows), "order", self.config.seed, 0)]
 
 
 # What a checkpoint keeps besides tensors: attributes of the Trainer that are plain values, and what they may be.
@@ -664,17 +666,55 @@ def _seed(*parts: str | int) -> np.ndarray:
     return np.frombuffer(hashlib.sha256(repr(parts).encode()).digest(), dtype="<u4")
 
 
-def _shuffle(count: int, *parts: str | int) -> np.ndarray:
-    """A permutation of range(count). RandomState, because numpy promises its stream for all versions to come; what it draws
-    does not depend on the type of what is shuffled."""
-    order = _range(count)
-    np.random.RandomState(_seed(*parts)).shuffle(order)
-    return order
+def _shuffle(count: int, *parts: str | int) -> np.ndarray | _Permutation:
+    """A permutation of range(count), which can be sliced. RandomState, because numpy promises its stream for all versions to
+    come."""
+    if count > SHUFFLED_WHOLE:
+        return _Permutation(count, _seed(*parts))
+    return np.random.RandomState(_seed(*parts)).permutation(count)
 
 
-def _range(count: int) -> np.ndarray:
-    """Numbers of windows in four bytes each, as long as they go in: of a large text there are many millions."""
-    return np.arange(count, dtype=np.uint32 if count <= 1 << 32 else np.int64)
+class _Permutation:
+    """A permutation of range(count) that takes no room: any slice of it is drawn by itself.
+
+    A Feistel network (Luby & Rackoff 1988), one round a key (a uint32 each), over the smallest power of four that holds
+    count; what falls outside goes through it again until it falls inside (Black & Rogaway 2002). The rounds mix with the
+    finalizer of SplitMix64 (Steele et al. 2014).
+    """
+
+    AT_ONCE = 1 << 20
+
+    def __init__(self, count: int, keys: np.ndarray):
+        self._count, self._keys = count, keys.astype(np.uint64) << np.uint64(32)
+        self._half = np.uint64(((count - 1).bit_length() + 1) // 2)
+        self._mask = (np.uint64(1) << self._half) - np.uint64(1)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        places = range(self._count)[part]
+        found = np.empty(len(places), dtype=np.int64)
+        for first in range(0, len(places), self.AT_ONCE):
+            some = places[first : first + self.AT_ONCE]
+            drawn = self._mapped(np.arange(some.start, some.stop, some.step, dtype=np.uint64))
+            while (outside := drawn >= self._count).any():
+                drawn[outside] = self._mapped(drawn[outside])
+            found[first : first + len(some)] = drawn
+        return found
+
+    def _mapped(self, numbers: np.ndarray) -> np.ndarray:
+        left, right = numbers >> self._half, numbers & self._mask
+        for key in self._keys:
+            left, right = right, left ^ (_mixed(right | key) & self._mask)
+        return left << self._half | right
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """Every bit of each uint64 spread over all of it."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 @contextlib.contextmanager
