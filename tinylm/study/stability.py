@@ -340,9 +340,13 @@ class Stability(SectionStudy):
             f"{'none here' if not idle else f'{idle} of {len(self.arms)} here, whose boundaries say little'}."
         )
         if idle:
+            named = [
+                f"{row.position} at {row.depth} layers {row.warmup}"
+                for row in self.arms[~self.arms.learns].itertuples()
+            ]
             self.findings.append(
-                f"{idle} of {len(self.arms)} boundaries say little: there the best rate learns hardly more than how frequent "
-                "each token is."
+                f"{idle} of {len(self.arms)} boundaries say little, since no rate learns much more than how frequent each token "
+                f"is: {', '.join(named)}."
             )
         self.report.table(
             self.arms, "boundaries", "Each depth, position and warmup: the largest stable rate, that of single seeds, the best "
@@ -373,12 +377,15 @@ class Stability(SectionStudy):
             "mean with a 95 % interval over depths, seeds and the step of the grid", warmup="", depth="", octaves="+.2f",
             low="+.2f", high="+.2f",
         )  # fmt: skip
-        told = [
-            f"{name} {r['effect']:+.2f} octaves ({interval(r['low'], r['high'], '+.2f')})"
-            for name, r in self.effects.items()
-        ]
+        told = []
+        for name, row in self.effects.items():
+            told.append(f"{name} {row['effect']:+.2f} octaves ({interval(row['low'], row['high'], '+.2f')})")
+            own = self.arms[self.arms.warmup == name].groupby("depth").learns.all()
+            if own.any() and not own.all():
+                both = np.mean([self.octaves(Cell(depth, name)) for depth in own.index[own]])
+                told[-1] += f", at the {own.sum()} depths where both learn {both:+.2f}"
         self.findings.append(
-            f"How far pre-norm's largest stable rate lies above post-norm's: {', '.join(told)} (mean over "
+            f"How far pre-norm's largest stable rate lies above post-norm's: {'; '.join(told)} (mean over "
             f"{len(self.preset.depths)} depths)."
         )
 
