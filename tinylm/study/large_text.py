@@ -130,11 +130,11 @@ def sentence(rows: Sequence[dict]) -> str:
         return f"{first[name]:{spec}} to {last[name]:{spec}}"
 
     return (
-        f"From {first['text_mb']:g} to {last['text_mb']:g} MB of text: preparing {change('prepare_mb_per_second', '.1f')} MB/s "
-        f"({change('prepare_mb_per_cpu_second', '.1f')} MB per second of processor time) with a peak of "
-        f"{change('prepare_peak_mb', ',.0f')} MB, training {change('train_tokens_per_second', ',.0f')} tokens/s "
-        f"({change('train_tokens_per_cpu_second', ',.0f')} per second of processor time) with a peak of "
-        f"{change('train_peak_mb', ',.0f')} MB, of which {change('own_mb', ',.0f')} MB are its own."
+        f"From {first['text_mb']:,g} to {last['text_mb']:,g} MB of text: preparing holds {change('prepare_peak_mb', ',.0f')} MB at "
+        f"most, training {change('own_mb', ',.0f')} MB of its own ({change('train_peak_mb', ',.0f')} MB at most with the pages of "
+        f"mapped files); preparing reads {change('prepare_mb_per_cpu_second', '.1f')} MB and training "
+        f"{change('train_tokens_per_cpu_second', ',.0f')} tokens per second of processor time "
+        f"({change('prepare_mb_per_second', '.1f')} and {change('train_tokens_per_second', ',.0f')} per second)."
     )
 
 
