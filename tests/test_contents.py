@@ -55,6 +55,7 @@ def test_verdicts_and_the_map_come_first(tmp_path):
     page = contents.write(tmp_path).read_text()
     assert "| 3 | SwiGLU is better. | **undecided** | relu: +0.010 nats | 1 of 4 | 5 | verse | after |" in page
     assert "written down beforehand" not in page  # some rules were not
+    assert "1 of the design's 15 claims are judged so far" in page
     assert page.index("SwiGLU") < page.index("map.png") < page.index("A finding of ablations_of_mine")
     (tmp_path / "claims" / "tables" / "verdicts.csv").write_text("damaged\n1\n")
     assert "A finding of claims." in contents.write(tmp_path).read_text()
