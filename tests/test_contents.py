@@ -50,7 +50,8 @@ def test_verdicts_and_the_map_come_first(tmp_path):
     (tmp_path / "hyperparameters" / "figures" / "map.png").write_bytes(b"")
     study(tmp_path, "claims", "verse", 0.4)
     verdict = {"claim": 3, "sentence": "SwiGLU is better.", "verdict": "undecided", "supported": 1, "refuted": 0,
-               "undecided": 3, "seeds": 5, "corpus": "verse", "effect": "relu: +0.010 nats", "sealed": "after"}  # fmt: skip
+               "undecided": 3, "seeds": 5, "corpus": "verse", "effect": "relu: +0.010 nats", "sealed": "after",
+               "of": 15}  # fmt: skip
     pd.DataFrame([verdict]).to_csv(tmp_path / "claims" / "tables" / "verdicts.csv", index=False)
     page = contents.write(tmp_path).read_text()
     assert "| 3 | SwiGLU is better. | **undecided** | relu: +0.010 nats | 1 of 4 | 5 | verse | after |" in page

@@ -520,7 +520,7 @@ class Verdict:
 
     def row(self) -> dict:
         """The verdict in one row: number, title, sentence, verdict, parts, seeds, sizes, corpus, sealed, rule, runs,
-        and the first effect that speaks for the verdict in words."""
+        the first effect that speaks for the verdict in words, and how many claims there are (of)."""
         parts = self.parts[self.parts.decides]
         sizes = parts[["params_low", "params_high"]].dropna()
         drawn = parts[parts.low < parts.high]  # no luck in what is exact
@@ -531,6 +531,7 @@ class Verdict:
             "smallest": sizes.params_low.min(), "largest": sizes.params_high.max(),
             "corpus": ", ".join(sorted({name for names in parts.corpus for name in names.split(", ") if name})),
             "sealed": self.sealed, "rule": self.claim.hash, "runs": len(self.runs), "effect": _words_of(self),
+            "of": len(CLAIMS),
         }  # fmt: skip
 
 

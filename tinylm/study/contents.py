@@ -61,8 +61,6 @@ def write(results: Path) -> Path:
 
 def _verdicts(folder: Path, link: str) -> str:
     """The table of verdicts of the claims study; empty for any other."""
-    from tinylm.study.claims import CLAIMS  # which imports this module
-
     try:
         rows = pd.read_csv(folder / "tables" / "verdicts.csv").to_dict("records")
         parts = [f"{row['supported']} of {row['supported'] + row['refuted'] + row['undecided']}" for row in rows]
@@ -79,9 +77,9 @@ def _verdicts(folder: Path, link: str) -> str:
         "text, and whether the rule was sealed before its data or after some of them, by people who could have seen them. All "
         f"effects and rules are in the [report]({link}/README.md)."
     )
-    if len(rows) < len(CLAIMS):
+    if rows and len(rows) < rows[0]["of"]:
         told += (
-            f" {len(rows)} of the design's {len(CLAIMS)} claims are judged so far; the others wait for their studies."
+            f" {len(rows)} of the design's {rows[0]['of']} claims are judged so far; the others wait for their studies."
         )
     heads = (
         "| | claim | verdict | effect | comparisons that hold | seeds | text | rule sealed |\n"
