@@ -224,6 +224,24 @@ def test_without_a_cell_a_new_panel_stops_the_models_earlier_one(slow_panel):
     assert slow_panel.wait(1)
 
 
+def test_work_that_the_end_of_the_process_stops_begins_no_drawing():
+    """A thread begun then is not waited for, and one that computes would abort the process."""
+    drawn = []
+
+    class Drawn(shared.Panel):
+        def ready(self, is_ready):
+            if is_ready:
+                self.redraw()
+
+        def draw(self):
+            drawn.append(threading.current_thread())
+
+    made = shared.place(Drawn, None, same=None)
+    assert made.begin(lambda: "ended" if made._stop.wait(5) else "")
+    shared.end_all()
+    assert not made.is_running and made._drawer is None and not drawn
+
+
 def test_saved_without_widgets_a_panel_is_a_picture(panel):
     bundle = panel._repr_mimebundle_()
     assert base64.b64decode(bundle["image/png"]) == panel.picture.value

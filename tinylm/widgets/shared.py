@@ -75,6 +75,7 @@ def end_all() -> None:
     """End the work of all panels as for one that takes their place, and wait for it a moment."""
     until = time.monotonic() + LAST_SECONDS
     for panel in list(_panels):
+        panel.is_closed = True  # so that work which ends now begins no drawing, nor what is measured for one
         with contextlib.suppress(Exception):  # a page that is gone takes no more words
             panel.make_room()
     for thread in list(_threads):
