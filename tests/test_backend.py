@@ -99,6 +99,7 @@ def test_open_choices_follow_what_was_measured_where_a_run_is_long(monkeypatch):
     assert backend.words(chosen) == "compiled, bf16 products, 2-block attention"
     plain = backend.resolve(short, model)
     assert backend.words(plain) == backend.PLAIN_WORDS == "eager, fp32 products, torch's attention"
+    assert backend.resolve(short.replace(compile=True), model) == chosen  # who asks for it gets it at any length
     monkeypatch.setattr(backend, "cpp_compiler", lambda: None)
     assert not backend.resolve(long, model)["compile"]
     asked = backend.resolve(long.replace(precision="fp32", compile=False), model)

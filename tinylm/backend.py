@@ -69,7 +69,8 @@ def resolve(train: TrainConfig, model: ModelConfig, in_stacks: bool = False) -> 
     if device.type == "cuda":
         found = _findings_on_gpu()
     else:
-        found = findings() if open_choice and long else PLAIN
+        # Who asks for compiling pays for it at any length, and gets the products and the attention that suit it.
+        found = findings() if open_choice and (long or train.compile) else PLAIN
     compiles = train.compile
     if compiles is None:
         compiler = device.type == "cuda" or cpp_compiler() is not None

@@ -110,6 +110,7 @@ class Preset:
     variants: tuple[str, ...] = tuple(VARIANTS)
     eval_tokens: int = TrainConfig.eval_tokens
     clock: float = 1.0
+    compile: bool | None = None
 
 
 _BESIDE = ("learned", "gqa by 2", "gqa by 3", "mqa", "untied")
@@ -136,6 +137,7 @@ PRESETS = {
             Place("small", (36, 2, 6), 2.5e11, pilot=20, first=5, most=20, beside=_BESIDE),
             Place("large", (60, 2, 6), 1.25e12, pilot=8, first=3, most=6, beside=("gqa by 3", "untied")),
         ),
+        compile=True,
     ),
 }  # fmt: skip
 
@@ -260,7 +262,7 @@ class Ablations(SectionStudy):
     ) -> list[Run]:
         tags = {"place": trial.place.name, "variant": trial.name, "family": family, "budget": trial.place.flops}
         seed = self.settings.seed if seed is None else seed
-        options = {"eval_tokens": self.preset.eval_tokens, **changes}
+        options = {"eval_tokens": self.preset.eval_tokens, "compile": self.preset.compile, **changes}
         trains = [self.recipe.train(trial.model, trial.tokens, rate, seed, **options) for rate in rates]
         return [Run(trial.model, train, self.data, tags) for train in trains]
 
