@@ -87,12 +87,19 @@ def test_what_studies_measured_stands_beside_it(panel, tmp_path, monkeypatch):
     assert "fixed init" in words(panel.known) or "compute multiplier" in words(panel.known)
     tables = tmp_path / "ablations" / "tables"
     monkeypatch.setattr(ablations, "study_folders", lambda: [tables.parent])
-    assert "No study" in re.sub(r"<[^>]*>", " ", ablations._known_variants())
+    assert "No study" in re.sub(r"<[^>]*>", " ", ablations._known_variants([]))
     tables.mkdir(parents=True)
     row = {"place": "small", "variant": "relu", "difference": 0.02, "reads": "0.91", "multiplier_low": 0.85,
            "multiplier_high": 0.97, "seeds": 5, "verdict": "worse"}  # fmt: skip
-    pd.DataFrame([row]).to_csv(tables / "multipliers.csv")
-    told = re.sub(r"<[^>]*>", " ", ablations._known_variants())
+    pd.DataFrame([row, {**row, "variant": "mqa as used", "reads": "1.10"}]).to_csv(tables / "multipliers.csv")
+    told = re.sub(r"<[^>]*>", " ", ablations._known_variants([]))
     assert "relu" in told and "+0.020" in told and "0.91 [0.85, 0.97]" in told
+    # Those that are picked stand first, the others are folded away.
+    for picked, first, folded in (
+        ("ReLU instead of SwiGLU", "relu", "mqa"),
+        ("one key-value head for all", "mqa", "relu"),
+    ):
+        shown, _, hidden = ablations._known_variants(["the recipe", picked]).partition("<details")
+        assert first in shown and folded not in shown and folded in hidden and first not in hidden
     (tables / "multipliers.csv").write_text("not,a table\n1,2\n")
-    assert "No study" in re.sub(r"<[^>]*>", " ", ablations._known_variants())
+    assert "No study" in re.sub(r"<[^>]*>", " ", ablations._known_variants([]))

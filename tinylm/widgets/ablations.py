@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import ipywidgets
@@ -16,6 +17,8 @@ from tinylm import counts
 from tinylm.config import DataConfig, GenerateConfig
 from tinylm.errors import LabError
 from tinylm.generate import stream
+from tinylm.study.ablations import AS_USED
+from tinylm.study.ablations import VARIANTS as STUDIED
 from tinylm.study.design import Recipe
 from tinylm.study.runs import Run
 from tinylm.widgets.generation import LEGEND, side_by_side, write_together
@@ -126,6 +129,7 @@ class AblationsPanel(Panel):
         self.stop_button.on_click(lambda _: self.stop())
         for control in (self.chosen, self.tokens, self.vocab_size, self.seed):
             control.observe(self._changed, "value")
+        self.chosen.observe(self._tell_known, "value")
         self.children = [
             self.chosen,
             grid([self.tokens, self.vocab_size, self.seed, self.temperature, self.prompt]),
@@ -139,7 +143,7 @@ class AblationsPanel(Panel):
         self.in_parts()
         self.ready(True)
         self._changed()
-        self.known.value = _known_variants()
+        self._tell_known()
         self._try_to_draw()
 
     @property
@@ -173,6 +177,9 @@ class AblationsPanel(Panel):
         if len(wanted) < 2 and not self.is_running:
             self._say("Pick two to four variants: a comparison needs something to compare with.")
         self.train_button.disabled = self.is_running or len(wanted) < 2
+
+    def _tell_known(self, _change: object = None) -> None:
+        self.known.value = _known_variants(self.chosen.value)
 
     def ready(self, is_ready: bool) -> None:
         self.train_button.disabled = not is_ready or len(self.chosen.value) < 2
@@ -270,12 +277,15 @@ class AblationsPanel(Panel):
                  title="at the end, one seed")  # fmt: skip
 
 
-def _known_variants() -> str:
-    """What studies have measured of variants, as a table; a word where none has."""
+def _known_variants(chosen: Sequence[str]) -> str:
+    """What studies have measured of variants, as a table: the chosen ones, and the others folded away; a word where no study
+    has."""
     for name, read in (("multipliers", _by_compute), ("variants", _by_loss)):
         for folder in study_folders():
             try:
-                head, rows = read(pd.read_csv(folder / "tables" / f"{name}.csv"))
+                measured = pd.read_csv(folder / "tables" / f"{name}.csv")
+                head, rows = read(measured)
+                is_chosen = [_changes_of(variant) in map(VARIANTS.get, chosen) for variant in measured.variant]
             except (OSError, ValueError, AttributeError):
                 continue
             said = (
@@ -287,9 +297,23 @@ def _known_variants() -> str:
                     " A compute multiplier is how much compute the baseline needs for that loss, over what the variant took: "
                     "below 1 the variant wastes compute."
                 )
-            return f"<div class='tinylm-known' style='{SMALL}'>{said}</div>{table(head, rows)}"
+            first = [row for row, is_so in zip(rows, is_chosen, strict=True) if is_so]
+            rest = [row for row, is_so in zip(rows, is_chosen, strict=True) if not is_so]
+            shown = table(head, first) if first else ""
+            if rest:
+                label = (
+                    "the others that were measured" if first else "none of those picked was measured, but these were"
+                )
+                shown += f"<details style='{SMALL}'><summary>{label}</summary>{table(head, rest)}</details>"
+            return f"<div class='tinylm-known' style='{SMALL}'>{said}</div>{shown}"
     said = "No study in results/ has compared variants yet: one seed is all there is here."
     return f"<div class='tinylm-known' style='{SMALL}'>{said}</div>"
+
+
+def _changes_of(variant: str) -> dict | None:
+    """What a variant of the ablations changes, as used or with as many parameters as the baseline; None for another's."""
+    found = STUDIED.get(str(variant).removesuffix(AS_USED))
+    return found.change if found else None
 
 
 def _by_compute(measured: pd.DataFrame) -> tuple[tuple[str, ...], list[tuple]]:
