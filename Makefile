@@ -51,7 +51,7 @@ test: test-environment
 	$(PY) -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: test-environment
-	$(PY) -m pytest -m slow
+	$(PY) -m pytest -n 2 --dist loadfile -m slow
 
 check: test-environment
 	$(PY) -m ruff format --check .
