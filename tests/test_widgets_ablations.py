@@ -101,5 +101,17 @@ def test_what_studies_measured_stands_beside_it(panel, tmp_path, monkeypatch):
     ):
         shown, _, hidden = ablations._known_variants(["the recipe", picked]).partition("<details")
         assert first in shown and folded not in shown and folded in hidden and first not in hidden
+    panel.chosen.value = ("ReLU instead of SwiGLU", "the recipe")
+    assert "relu" in panel.known.value.partition("<details")[0]
+    assert "none of those picked" in ablations._known_variants(["no position code"])
+    assert "none of those picked" not in ablations._known_variants([])
+    # Where a study compared losses alone, its own names are those of the lab.
+    (tables / "variants.csv").write_text(
+        "variant,loss,difference,seeds,verdict\nfixed init,3.9,0.08,3,worse\nwarm,3.8,0,3,-\n"
+    )
+    (tables / "multipliers.csv").unlink()
+    shown, _, hidden = ablations._known_variants(["the recipe", "fixed init"]).partition("<details")
+    assert "fixed init" in shown and "warm" in hidden and "none of those picked" not in hidden
+    (tables / "variants.csv").unlink()
     (tables / "multipliers.csv").write_text("not,a table\n1,2\n")
     assert "No study" in re.sub(r"<[^>]*>", " ", ablations._known_variants([]))

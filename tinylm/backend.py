@@ -69,7 +69,7 @@ def resolve(train: TrainConfig, model: ModelConfig, in_stacks: bool = False) -> 
     if device.type == "cuda":
         found = _findings_on_gpu()
     else:
-        # Who asks for compiling pays for it at any length, and gets the products and the attention that suit it.
+        # Who asks for compiling, and leaves the products open, gets those and the attention that suit it at any length.
         found = findings() if open_choice and (long or train.compile) else PLAIN
     compiles = train.compile
     if compiles is None:

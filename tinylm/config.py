@@ -237,7 +237,8 @@ class TrainConfig(_Config):
     eval_interval: steps between evaluations; None is max_steps // 20, at least 1. eval_tokens: validation tokens scored each
         time, always the same ones. patience: stop after so many evaluations without a better val_loss; None never stops early.
     precision: of matrix products; weights, norms, softmax and loss stay fp32. ``auto`` and compile None are picked by what was
-        measured on this machine (see ``backend``); ``fp32`` and False give the plain path.
+        measured on this machine (see ``backend``); ``fp32`` and False give the plain path. compile True compiles a run of any
+        length, and needs a C++ compiler.
     loss_scaling: under precision fp16, multiply the loss by a power of two before the backward pass and divide the gradient
         by it, so that small gradients do not become zero (Micikevicius et al. 2018); False keeps that factor at 1. No other
         precision has one.

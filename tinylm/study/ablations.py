@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from tinylm import counts, files
+from tinylm import backend, counts, files
 from tinylm.config import ModelConfig, TrainConfig
 from tinylm.errors import ConfigError, LabError, TextError
 from tinylm.study import claims, contrasts, planner, plots, scaling
@@ -98,7 +98,8 @@ class Preset:
     """How much a preset measures. places: the two points; ladder_seeds: seeds at each other budget of the frontier; planted:
     seeds of the variant that is made worse on purpose; checks: multipliers held against direct runs, with ``check_seeds``
     seeds; moves: how often a bracket of rates may move outward; draws: of an interval; variants: those it tries, where not
-    all; eval_tokens: of each evaluation; clock: seconds for the speed of one variant."""
+    all; eval_tokens: of each evaluation; clock: seconds for the speed of one variant; compile: all runs, short ones too, so that
+    all are computed alike (where a C++ compiler is found); None leaves it to each run's length."""
 
     places: tuple[Place, Place]
     ladder_seeds: int = 4
@@ -188,7 +189,8 @@ def begin(settings: AblationParameters) -> Ablations:
             f"variants={settings.variants!r}; the report in {within_repository(settings.folder)} also tells of {', '.join(lost)}",
             f"name those too, whose runs are kept (variants={','.join([*lost, *names])}), or give another results_dir",
         )
-    study = Ablations(settings, dataclasses.replace(preset, variants=names), known_text(settings))
+    compiled = preset.compile if backend.cpp_compiler() else None
+    study = Ablations(settings, dataclasses.replace(preset, variants=names, compile=compiled), known_text(settings))
     most = max(trial.tokens for trial in study.trials())
     if (there := study.corpus["tokens"]["train"]) < most:
         raise TextError(

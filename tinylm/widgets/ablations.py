@@ -285,7 +285,10 @@ def _known_variants(chosen: Sequence[str]) -> str:
             try:
                 measured = pd.read_csv(folder / "tables" / f"{name}.csv")
                 head, rows = read(measured)
-                is_chosen = [_changes_of(variant) in map(VARIANTS.get, chosen) for variant in measured.variant]
+                is_chosen = [
+                    variant in chosen or _changes_of(variant) in map(VARIANTS.get, chosen)
+                    for variant in measured.variant
+                ]
             except (OSError, ValueError, AttributeError):
                 continue
             said = (
@@ -301,9 +304,8 @@ def _known_variants(chosen: Sequence[str]) -> str:
             rest = [row for row, is_so in zip(rows, is_chosen, strict=True) if not is_so]
             shown = table(head, first) if first else ""
             if rest:
-                label = (
-                    "the others that were measured" if first else "none of those picked was measured, but these were"
-                )
+                label = "what was measured" if not chosen else "none of those picked was measured, but these were"
+                label = "the others that were measured" if first else label
                 shown += f"<details style='{SMALL}'><summary>{label}</summary>{table(head, rest)}</details>"
             return f"<div class='tinylm-known' style='{SMALL}'>{said}</div>{shown}"
     said = "No study in results/ has compared variants yet: one seed is all there is here."

@@ -72,14 +72,15 @@ def in_background(work: Callable, *given: object) -> threading.Thread:
 
 @atexit.register
 def end_all() -> None:
-    """End the work of all panels as for one that takes their place, and wait for it a moment."""
+    """End the work of all panels as for one that takes their place, let none draw any more, and wait for it a moment."""
     until = time.monotonic() + LAST_SECONDS
     for panel in list(_panels):
         panel.is_closed = True  # so that work which ends now begins no drawing, nor what is measured for one
         with contextlib.suppress(Exception):  # a page that is gone takes no more words
             panel.make_room()
     for thread in list(_threads):
-        thread.join(max(0.0, until - time.monotonic()))
+        with contextlib.suppress(RuntimeError):  # one that was made and has not begun cannot be waited for
+            thread.join(max(0.0, until - time.monotonic()))
 
 
 class Panel(ipywidgets.VBox):
