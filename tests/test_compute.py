@@ -206,6 +206,19 @@ def test_plans_are_trained_and_held_to_what_they_promised_before(fitted, monkeyp
     assert pd.read_csv(fitted.folder / "tables" / "promises.csv").equals(table)
 
 
+def test_minutes_that_buy_no_step_make_no_promise_and_end_no_study(fitted, monkeypatch):
+    monkeypatch.setattr(fitted, "speed_for", lambda minutes: planner.Speed((1e4, 1e7), (2e10, 2e10), threads=2))
+    for path in fitted.folder.glob("tables/promise*"):
+        path.unlink()
+    monkeypatch.setattr(fitted, "preset", dataclasses.replace(fitted.preset, promised=(1e-4,)))
+    fitted.keep_promises()
+    assert not list(fitted.folder.glob("tables/promise*"))
+    assert "at least one step" in "\n".join(fitted.report.pieces)
+    monkeypatch.setattr(fitted, "preset", dataclasses.replace(fitted.preset, promised=(1e-4, 2)))
+    fitted.keep_promises()
+    assert list(pd.read_csv(fitted.folder / "tables" / "promises.csv").minutes) == [2]
+
+
 def test_a_batch_of_one_window_is_not_halved(measured):
     point = isoflop_points(Recipe(), 512, [1e9], 1)[0]
     assert [variant.batch_size for variant in measured._variants(point, 0.01)] == [2]

@@ -668,14 +668,11 @@ class ComputeScaling(quickstart.ComputeStudy):
             return
         path = self.folder / "tables" / "promised.json"
         if not path.exists():  # written before the runs, so that a later start holds the same promises against them
-            speed = self.speed_for(self.preset.promised)
-            plans = [self.evidence.plan(self.recipe, seconds=60 * m, speed=speed) for m in self.preset.promised]
-            said = [
-                {"minutes": minutes, "threads": speed.threads}
-                | {name: getattr(plan, name) for name in ("hidden_size", "num_layers", "tokens", "seconds")}
-                | {name: float(getattr(plan, name)) for name in ("loss", "low", "high")}
-                for minutes, plan in zip(self.preset.promised, plans, strict=True)
-            ]
+            said, unkept = self._promise()
+            if not said:
+                self.report.section("Promises")
+                self.report.text(f"No plan of a few minutes could be made on this machine as busy as it was. {unkept}")
+                return
             files.write_whole(path, json.dumps(said, indent=1) + "\n")
         way_out = "put it back from a copy, or give another results_dir: promises made anew would come after their runs"
         rows = []
@@ -709,6 +706,23 @@ class ComputeScaling(quickstart.ComputeStudy):
             promised=".0f", took=".0f", time_off="+.1f", loss=".3f", low=".3f", high=".3f", got=".3f", loss_off="+.2f", kept="",
         )  # fmt: skip
         self.checks.append(f"{told}.")
+
+    def _promise(self) -> tuple[list[dict], str]:
+        """Plans of the preset's minutes at the speed that this machine has now, and why the last one failed that buys no step
+        (a machine may be slow, or busy)."""
+        speed = self.speed_for(self.preset.promised)
+        said, reason = [], ""
+        for minutes in self.preset.promised:
+            try:
+                plan = self.evidence.plan(self.recipe, seconds=60 * minutes, speed=speed)
+            except LabError as error:
+                reason = str(error)
+                print(f"no plan of {minutes:g} minutes: {reason}", flush=True)
+                continue
+            shape = {name: getattr(plan, name) for name in ("hidden_size", "num_layers", "tokens", "seconds")}
+            losses = {name: float(getattr(plan, name)) for name in ("loss", "low", "high")}
+            said.append({"minutes": minutes, "threads": speed.threads} | shape | losses)
+        return said, reason
 
     def end(self) -> None:
         self.findings += self.checks
