@@ -51,7 +51,10 @@ test: test-environment
 	$(PY) -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: test-environment
-	$(PY) -m pytest -n 2 --dist loadfile -m slow
+	@status=0; \
+	$(PY) -m pytest -n 2 --dist loadfile -m "slow and not alone" || status=1; \
+	$(PY) -m pytest -m "slow and alone" || status=1; \
+	exit $$status
 
 check: test-environment
 	$(PY) -m ruff format --check .

@@ -82,6 +82,7 @@ def test_steps_that_end_too_late_are_computed_and_not_counted(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_one_run_on_two_processes_is_timed_beside_two_runs(tmp_path):
     """Every contender takes its turns; how fast each is is for a machine that is quiet."""
     rows = agreement.pace(tmp_path, [bench.SHAPES["tiny"]], rounds=2, seconds=0.2, say=lambda words: None)

@@ -251,6 +251,7 @@ def test_a_small_text_is_sent_to_the_quickstart(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_smoke_study_is_whole_and_a_second_call_only_redraws_it(tmp_path):
     results = tmp_path / "results"
     command = [

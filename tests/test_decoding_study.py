@@ -224,6 +224,7 @@ def test_timings_of_another_machine_or_preset_are_not_mixed(tmp_path, monkeypatc
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_smoke_study_is_whole_and_a_second_call_only_redraws_it(tmp_path):
     results = tmp_path / "results"
     command = [sys.executable, "-m", "tinylm", "study", "decoding", "--preset", "smoke", "--results-dir", str(results)]

@@ -29,7 +29,7 @@ SETTINGS = {
 }
 
 NO_BROWSER = "no chromium on the PATH (Debian: apt install chromium)"
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason=NO_BROWSER)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.skipif(CHROMIUM is None, reason=NO_BROWSER)]
 if os.environ.get("TINYLM_SCREENSHOTS") and CHROMIUM is None:  # who asks for pictures wants no success without them
     pytest.fail(f"pictures of the labs were asked for, but there is {NO_BROWSER}", pytrace=False)
 

@@ -48,6 +48,7 @@ def test_what_it_comes_to_in_words():
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_stays_and_speed_stays(tmp_path):
     command = [sys.executable, "-m", "tinylm.study.large_text", "8", "24", "--out", tmp_path / "out", "--steps", "60"]

@@ -224,6 +224,7 @@ def test_the_full_preset_is_what_the_claim_says():
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_smoke_study_is_whole_and_a_second_call_only_redraws_it(tmp_path):
     results = tmp_path / "results"
     command = [sys.executable, "-m", "tinylm", "study", "norms", "--preset", "smoke", "--results-dir", str(results)]
