@@ -380,6 +380,7 @@ def test_a_report_of_all_is_not_replaced_by_one_of_fewer(measured, tmp_path, mon
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("name", ["ablations", "claims"])
 def test_the_smoke_study_is_whole_and_a_second_call_only_redraws_it(name, tmp_path):
     results = tmp_path / "results"

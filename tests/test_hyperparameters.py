@@ -410,6 +410,7 @@ def test_settings_of_the_sampler_are_of_its_own_kinds(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("name", ["hyperparameters", "numerics"])
 def test_the_smoke_study_is_whole_and_a_second_call_only_redraws_it(name, tmp_path):
     results = tmp_path / "results"

@@ -245,6 +245,7 @@ def test_a_text_far_too_small_says_so_before_anything_is_trained(size, tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_small_text_gets_a_study_of_its_amount_and_says_why(tmp_path):
     path = write_sentences(tmp_path / "my notes.txt", 300_000)
     results = tmp_path / "results"
