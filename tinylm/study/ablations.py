@@ -73,7 +73,11 @@ EQUAL = 0.01  # how far the totals of "equal" parameters may lie apart
 # of them lie between C/4 and 4C: the study trains a frontier of its own.
 LADDER = (0.25, 0.5, 1.0, 2.0)
 LOOKS = (0.01, 0.04)  # the level of the first look at a contrast and of the second: 5 % in all, however often one looks
-NULL = (5, 1000)  # the null test: seeds against seeds, and splits
+NULL = (
+    5,
+    1000,
+    100_000,
+)  # the null test: seeds against seeds, splits, and splits that leave little to the draw of them
 CHECKED = 1.15  # a multiplier at least so far from 1 is checked by a direct run
 
 
@@ -528,11 +532,12 @@ class Ablations(SectionStudy):
         )  # fmt: skip
         losses = self.noise.val_loss[self.noise.place == self.preset.places[0].name].to_numpy()
         size = min(NULL[0], len(losses) // 2)
-        null = contrasts.null_test(losses, size, NULL[1], seed=self.settings.seed)
-        write_table(self.folder / "tables" / "null_test.csv", pd.DataFrame([null]))
+        nulls = [contrasts.null_test(losses, size, splits, seed=self.settings.seed) for splits in NULL[1:]]
+        write_table(self.folder / "tables" / "null_test.csv", pd.DataFrame(nulls))
         said = (
             f"A null test: {len(losses)} seeds of the baseline, split at random {NULL[1]:,} times into {size} "
-            f"against {size}, are told apart in {null['rate']:.1%} of the splits at 5 % without correction"
+            f"against {size}, are told apart in {nulls[0]['rate']:.1%} of the splits at 5 % without correction; split "
+            f"{NULL[2]:,} times, which leaves less to the draw of splits, in {nulls[1]['rate']:.1%}"
         )
         self.report.text(f"{said}.")
         self.findings.append(f"{said}.")
@@ -658,20 +663,19 @@ class Ablations(SectionStudy):
         for name in self.preset.variants:
             if not VARIANTS[name].primary or self.settings.chosen:
                 words = [
-                    f"{_multiplier_words(row, frontiers[row.place])} at the {row.place} place ({row.multiplier_low:.2f} to "
-                    f"{row.multiplier_high:.2f})"
+                    f"{_multiplier_words(row, frontiers[row.place])} at the {row.place} place{_span(row)}"
                     for row in self.all[self.all.variant == name].itertuples()
                 ]
                 if words:
                     self.findings.append(f"Compute multiplier of {name}: {', '.join(words)}.")
         told = last[last.primary & last.verdict.isin(["worse", "better"])].sort_values(
-            "multiplier", na_position="first"
+            ["multiplier", "difference"], ascending=[True, False], na_position="first"
         )
         if len(told):
             row = told.iloc[0]
             self.findings.append(
                 f"The choice that costs most at the {row.place} place is {told.index[0]}: a compute multiplier of "
-                f"{_multiplier_words(row, frontiers[row.place])} ({row.multiplier_low:.2f} to {row.multiplier_high:.2f})."
+                f"{_multiplier_words(row, frontiers[row.place])}{_span(row)}."
             )
 
     def _draw_frontier(self, place: Place, frontier: Frontier, ax: object) -> None:
@@ -1029,3 +1033,8 @@ def _multiplier_words(row: object, frontier: Frontier) -> str:
         return f"{row.multiplier:.2f}"
     end = frontier.reach[row.beyond == "above"] * frontier.flops / row.flops
     return f"{'below' if row.beyond == 'below' else 'above'} {end:.2f}"
+
+
+def _span(row: object) -> str:
+    """The interval of a multiplier in brackets; nothing where the multiplier is a bound."""
+    return "" if row.beyond else f" ({row.multiplier_low:.2f} to {row.multiplier_high:.2f})"

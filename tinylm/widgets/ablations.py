@@ -321,7 +321,7 @@ def _changes_of(variant: str) -> dict | None:
 def _by_compute(measured: pd.DataFrame) -> tuple[tuple[str, ...], list[tuple]]:
     """Head and rows of what the ablations say: differences in nats, and what they are worth in compute."""
     rows = [
-        (row.place, row.variant, f"{row.difference:+.3f}", f"{row.reads} [{row.multiplier_low:.2f}, {row.multiplier_high:.2f}]",
+        (row.place, row.variant, f"{row.difference:+.3f}", _read_with_interval(row),
          row.seeds, row.verdict)
         for row in measured.itertuples()
     ]  # fmt: skip
@@ -333,6 +333,12 @@ def _by_compute(measured: pd.DataFrame) -> tuple[tuple[str, ...], list[tuple]]:
         "seeds",
         "verdict",
     ), rows
+
+
+def _read_with_interval(row: object) -> str:
+    """A multiplier with its interval; a bound ("below 0.25") has none."""
+    bound = not str(row.reads)[0].isdigit()
+    return row.reads if bound else f"{row.reads} [{row.multiplier_low:.2f}, {row.multiplier_high:.2f}]"
 
 
 def _by_loss(measured: pd.DataFrame) -> tuple[tuple[str, ...], list[tuple]]:
