@@ -584,7 +584,8 @@ def _judge_one(root: Path, claim: Claim, seen: dict[str, pd.DataFrame]) -> Verdi
             sealed = "after"
         sizes = [record["parameters"]["total"] for record in records.values()]
         rows.append(
-            {"part": part.name, "study": part.study, **row.drop(["runs", "base_runs"]).to_dict(), "decides": part.decides,
+            {"part": part.name, "study": part.study, **row.drop(["runs", "base_runs"]).to_dict(),
+             "seeds": int(row.seeds), "decides": part.decides,
              "verdict": part.verdict(row), "supported_from": part.supported[0], "supported_to": part.supported[1],
              "params_low": min(sizes, default=math.nan), "params_high": max(sizes, default=math.nan),
              "corpus": ", ".join(sorted({record["corpus"]["name"] for record in records.values()})),
