@@ -382,7 +382,8 @@ def test_a_run_that_diverged_counts_as_a_guess_at_random(tmp_path):
     assert any("Diverged" in piece and "learning_rate" in piece for piece in study.report.pieces)
 
 
-def test_architecture_choices_are_taken_from_ablations_at_this_very_place(tmp_path):
+def test_architecture_choices_are_taken_from_ablations_at_this_very_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(hyperparameters, "repository", lambda: tmp_path / "elsewhere")  # its own results are measured too
     study = study_of(tmp_path / "hyperparameters")
     tables = tmp_path / "ablations" / "tables"
     tables.mkdir(parents=True)
