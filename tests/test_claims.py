@@ -345,7 +345,8 @@ def test_the_laws_of_the_compute_study_are_read(tmp_path):
 
 def test_the_report_tells_every_verdict_with_its_interval(root, tmp_path):
     path = root / "ablations" / "tables" / "effects.csv"
-    pd.read_csv(path).astype({"seeds": float}).to_csv(path, index=False)  # as the rounds of a timed study may be written
+    # As the rounds of a timed study may be written:
+    pd.read_csv(path).astype({"seeds": float}).to_csv(path, index=False)
     settings = ClaimsParameters(evidence=str(root), numbers=(3,), results_dir=str(tmp_path / "report"))
     study = claims.begin(settings)
     study.show_rules()

@@ -383,7 +383,8 @@ def test_a_run_that_diverged_counts_as_a_guess_at_random(tmp_path):
 
 
 def test_architecture_choices_are_taken_from_ablations_at_this_very_place(tmp_path, monkeypatch):
-    monkeypatch.setattr(hyperparameters, "repository", lambda: tmp_path / "elsewhere")  # its own results are measured too
+    # The repository's own results have measured ablations too.
+    monkeypatch.setattr(hyperparameters, "repository", lambda: tmp_path / "elsewhere")
     study = study_of(tmp_path / "hyperparameters")
     tables = tmp_path / "ablations" / "tables"
     tables.mkdir(parents=True)
