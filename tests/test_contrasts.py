@@ -116,6 +116,30 @@ def test_without_pooling_each_interval_holds_the_truth_though_spreads_differ_ten
     assert np.divide(*np.median(wide, axis=0)) == pytest.approx(0.1, rel=0.3)
 
 
+def test_a_noisy_variant_among_quiet_ones_has_its_own_spread():
+    """Pooled, its interval would hold the truth far too rarely; where all are alike, nothing changes."""
+    rng = np.random.default_rng(0)
+    held = pooled = own = 0
+    for _ in range(150):
+        base = pd.Series(rng.normal(3, 0.01, 20))
+        several = {"base": base} | {f"quiet {i}": base + rng.normal(0, 0.01, 20) for i in range(6)}
+        table = effects(several | {"noisy": base + rng.normal(0, 0.03, 20)}, "base", []).set_index("variant")
+        row = table.loc["noisy"]
+        held, own = held + (row.low < 0 < row.high), own + row.own_spread
+        pooled += abs(row.difference) < 2 * table.error["quiet 0"]
+    assert own >= 0.95 * 150 and held >= 0.9 * 150 > pooled + 10
+    alike = effects(losses(dict.fromkeys(["base", *NAMES], 0.0), 20), "base", NAMES)
+    assert not alike.own_spread.any() and alike.error.nunique() == 1 and (alike.unlike > 0.05).all()
+
+
+def test_a_change_that_changes_nothing_is_equal():
+    base = losses({"base": 0.0}, 5)["base"]
+    for pool in (True, False):
+        table = effects({"base": base, "unwired": base.copy()}, "base", ["unwired"], pool=pool)
+        row = table.iloc[0]
+        assert (row.verdict, row.difference, row.low, row.high, row.p) == ("equal", 0, 0, 0, 1)
+
+
 def test_variants_that_go_together_count_as_one():
     rng = np.random.default_rng(0)
     one = pd.Series(rng.normal(0, 0.01, 6))

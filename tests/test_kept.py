@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
+from tinylm import files
 from tinylm.errors import DamagedFileError, LabError
 from tinylm.study import (
     ablations,
@@ -56,7 +57,8 @@ class Kept:
 
 KEPT = {
     "speeds of ablations": Kept(
-        "speed.json", known := {"tokens_per_second": {"small: gelu": 9e3}, "load": 0.5},
+        "speed.json",
+        known := {"tokens_per_second": {"small: gelu": [9e3, 8e3]}, "models": files.sha256_bytes(b"[]")[:16], "load": 0.5},
         lambda at: ablations.Ablations._speeds(some(folder=at, trial_of={}, recipe=Recipe())), known,
     ),
     "seconds of knobs": Kept(
@@ -75,7 +77,7 @@ KEPT = {
     "stretches": Kept(
         "tables/stretches.json", {"run_id": "r", "windows": 9, "sd": 0.5},
         lambda at: hyperparameters.Hyperparameters.stretch_error(
-            some(folder=at, preset=some(eval_tokens=8 * Recipe().seq_len), recipe=Recipe())
+            some(folder=at, preset=some(eval_tokens=8 * Recipe().seq_len), recipe=Recipe(), measured=MEASURED)
         ), 0.25,
     ),
     "bytes": Kept(

@@ -15,8 +15,8 @@ def contrasts(frame: pd.DataFrame, baseline: str, by: str = "variant", loss: str
     """Each variant at its best learning rate (lowest mean over seeds) against the baseline at its own.
 
     frame: one row a run, with ``by``, ``learning_rate``, ``seed`` and ``loss`` (nats per token). Seeds see the same text in the
-    same order, so differences are paired; a rate at which a seed diverged is not a candidate. The variance of a difference is
-    pooled over all variants, which with few seeds is steadier than each one's own. Returns one row a variant: ``rate``,
+    same order, so differences are paired; a rate at which a seed diverged is not a candidate. The best rate is chosen on the
+    seeds that are tested, which flatters all alike. Spreads and p as in ``effects``. Returns one row a variant: ``rate``,
     ``edge`` (the best rate is the lowest or highest tried), ``loss``, ``seed_sd``, ``seeds``, ``difference``, ``low`` and ``high``
     (95 % interval), ``p`` (two-sided Student's t) and ``verdict`` after Holm's correction (1979) over all variants at 5 %.
     """
@@ -34,33 +34,22 @@ def contrasts(frame: pd.DataFrame, baseline: str, by: str = "variant", loss: str
             "A comparison needs its baseline, with at least one learning rate that no seed diverged at", baseline
         )
     pairs = {name: (losses - best[baseline]).dropna() for name, losses in best.items() if name != baseline}
-    freedom = sum(len(pair) - 1 for pair in pairs.values())
-    pooled = np.sqrt(sum(((pair - pair.mean()) ** 2).sum() for pair in pairs.values()) / freedom) if freedom else np.nan
+    found, _ = spreads(pairs)
     rows = []
     for name, losses in best.items():
         row = {by: name, "rate": losses.name, "edge": edges[name], "loss": losses.mean(), "seed_sd": losses.std()}
         row |= {"seeds": len(losses), "difference": 0.0, "low": np.nan, "high": np.nan, "p": np.nan}
         if name in pairs:
-            error = pooled / np.sqrt(len(pairs[name]))
+            spread, freedom = found[name]
+            error, mean = spread / np.sqrt(len(pairs[name])), pairs[name].mean()
             half = error * stats.t.ppf(0.975, freedom) if freedom else np.nan
-            mean = pairs[name].mean()
             row |= {"difference": mean, "low": mean - half, "high": mean + half}
-            row["p"] = 2 * stats.t.sf(abs(mean) / error, freedom) if freedom else np.nan
+            row["p"] = _p(mean, error, freedom) if freedom else np.nan
         rows.append(row)
     table = pd.DataFrame(rows)
-    return table.assign(verdict=_holm(table))
-
-
-def _holm(table: pd.DataFrame) -> list[str]:
-    """``worse``, ``better`` or ``not told apart`` for each row, smallest p first against 5 % over the number still open."""
-    verdicts = pd.Series("not told apart", index=table.index)
-    verdicts[table.p.isna()] = "–"
-    open_rows = table[table.p.notna()].sort_values("p")
-    for rank, (index, row) in enumerate(open_rows.iterrows()):
-        if row.p > 0.05 / (len(open_rows) - rank):
-            break
-        verdicts[index] = "worse" if row.difference > 0 else "better"
-    return verdicts.tolist()
+    told = np.where(table.difference > 0, "worse", "better")
+    told = np.where(holm(table.p.dropna()).reindex(table.index) < 0.05, told, "not told apart")
+    return table.assign(verdict=np.where(table.p.isna(), "–", told))
 
 
 # ------------------------------------------------------------------------------------------- effects at one fixed rate each
@@ -68,6 +57,7 @@ def _holm(table: pd.DataFrame) -> list[str]:
 MARGIN = 0.01  # nats: what counts as equal, unless a claim says otherwise
 PLANTED = 0.015  # nats: the difference that a study is planned to find
 POWER = 0.8
+ALIKE = 0.05  # spreads are pooled unless chance would make them so unalike more rarely than this
 
 
 def effects(
@@ -83,34 +73,33 @@ def effects(
     losses: for each variant and the baseline the losses (nats per token) by seed, NaN where a seed diverged. primary: the
     contrasts over which Holm's correction (1979) runs; for the others p stands uncorrected. Two questions are asked of each:
     is it different from the baseline (Student's t on paired differences), and is it equal to it within ``margin`` (two
-    one-sided tests, Schuirmann 1987)? The variance is pooled over all variants. They share the baseline, and some share
-    their initial weights, so their differences go together and the pooled variance has fewer degrees of freedom than its rows
-    suggest: ``freedom`` is Satterthwaite's (1946) number for that, from the covariances as they came out, which for few seeds
-    errs on the safe side (Greenhouse and Geisser 1959). Where variants differ much in their spread, a pooled one is too wide for
-    the quiet and too narrow for the noisy: without ``pool`` each has its own, with as many degrees of freedom as pairs less one.
+    one-sided tests, Schuirmann 1987)? The variance is pooled over all variants, as ``spreads`` does it; without ``pool`` each
+    has its own, with as many degrees of freedom as pairs less one.
 
     Returns one row a variant: seeds (pairs), diverged, loss and seed_sd (its own), difference, error (standard), freedom,
-    low, high (95 %), low_90, high_90, p, p_holm, p_equal, primary, verdict (``equal`` within the margin, else ``worse`` or
+    low, high (at 1 - alpha: 95 %), low_90, high_90 (at 1 - 2 alpha), p, p_holm, p_equal, primary, own_spread (whether it has
+    its own), unlike (p of the hypothesis that all spreads are alike), verdict (``equal`` within the margin, else ``worse`` or
     ``better``, else ``undecided``; ``diverges`` where a seed did) and more_seeds: how many seeds would decide it, were the
     difference what it seems (0 where it is decided).
     """
     base = losses[baseline]
     pairs = {name: (own - base.reindex(own.index)).dropna() for name, own in losses.items() if name != baseline}
     pairs = {name: pair for name, pair in pairs.items() if len(pair)}
-    spreads = {name: pooled_spread(pairs if pool else {name: pair}) for name, pair in pairs.items()}
+    found, unlike = spreads(pairs, pool)
     rows = []
     for name, pair in pairs.items():
-        own, (spread, freedom) = losses[name], spreads[name]
+        own, (spread, freedom) = losses[name], found[name]
         mean, error = pair.mean(), spread / np.sqrt(len(pair))
         ends = {}
-        for level, suffix in ((0.95, ""), (0.90, "_90")):
-            half = error * stats.t.ppf(0.5 * (1 + level), freedom)
+        for tail, suffix in ((alpha / 2, ""), (alpha, "_90")):
+            half = error * stats.t.isf(tail, freedom)
             ends |= {f"low{suffix}": mean - half, f"high{suffix}": mean + half}
         rows.append(
             {"variant": name, "seeds": len(pair), "diverged": int(own.isna().sum()), "loss": own.mean(),
              "seed_sd": own.std(), "difference": mean, "error": error, "freedom": freedom, **ends,
-             "p": 2 * stats.t.sf(abs(mean) / error, freedom), "primary": name in primary,
-             "p_equal": stats.t.sf((margin - abs(mean)) / error, freedom)}
+             "p": _p(mean, error, freedom), "primary": name in primary,
+             "p_equal": 0.5 * _p(margin - abs(mean), error, freedom) if abs(mean) < margin else 1.0,
+             "own_spread": spread == float(pair.std()), "unlike": unlike}
         )  # fmt: skip
     table = pd.DataFrame(rows)
     corrected = holm(table.p[table.primary])
@@ -118,15 +107,42 @@ def effects(
     table["verdict"] = [_told(row, margin, alpha) for row in table.itertuples()]
     family = alpha / max(1, int(table.primary.sum()))
     table["more_seeds"] = [
-        0 if row.verdict != "undecided" else _seeds_to_decide(row, spreads[row.variant][0], margin, family, alpha)
+        0 if row.verdict != "undecided" else _seeds_to_decide(row, found[row.variant][0], margin, family, alpha)
         for row in table.itertuples()
     ]
     return table
 
 
+def spreads(pairs: dict[str, pd.Series], pool: bool = True) -> tuple[dict[str, tuple[float, float]], float]:
+    """For each variant the spread of one paired difference and its degrees of freedom, and the p of all being alike.
+
+    Pooled over all variants, a spread from few seeds is steadier than each one's own, but where variants truly differ in
+    theirs it is too wide for the quiet and too narrow for the noisy. So where Levene's test, about medians (Brown and Forsythe
+    1974), says that chance would rarely make them so unalike, a variant whose own spread gives the wider interval has that.
+    Without ``pool`` each has its own.
+    """
+    own = {name: (float(pair.std()), float(len(pair) - 1)) for name, pair in pairs.items()}
+    groups = [pair.to_numpy(float) for pair in pairs.values() if len(pair) > 2 and pair.std() > 0]
+    unlike = float(stats.levene(*groups, center="median").pvalue) if len(groups) > 1 else np.nan
+    if not pool:
+        return own, unlike
+    pooled = pooled_spread(pairs)
+
+    def width(spread: float, freedom: float) -> float:
+        return spread * stats.t.isf(0.025, freedom) if freedom else 0.0
+
+    wider = {name: max(pooled, mine, key=lambda found: width(*found)) for name, mine in own.items()}
+    return wider if unlike < ALIKE else dict.fromkeys(pairs, pooled), unlike
+
+
 def pooled_spread(pairs: dict[str, pd.Series]) -> tuple[float, float]:
-    """The pooled standard deviation of paired differences (nats), and its effective degrees of freedom (see ``effects``).
-    pairs: differences by seed. NaN and 0 where no variant has two seeds."""
+    """The pooled standard deviation of paired differences (nats), and its effective degrees of freedom.
+
+    pairs: differences by seed. Variants share the baseline, and some share their initial weights, so their differences go
+    together and the pooled variance has fewer degrees of freedom than its rows suggest: Satterthwaite's (1946) number for
+    that, from the covariances as they came out, which for few seeds errs on the safe side (Greenhouse and Geisser 1959). NaN
+    and 0 where no variant has two seeds.
+    """
     table = pd.DataFrame({name: pair for name, pair in pairs.items() if len(pair) > 1})
     if table.empty:
         return np.nan, 0.0
@@ -136,7 +152,14 @@ def pooled_spread(pairs: dict[str, pd.Series]) -> tuple[float, float]:
     )  # degrees of freedom that two variants have in common; their own on the diagonal
     covariance = table.cov(min_periods=2).fillna(0).to_numpy()
     squares = float(np.diag(covariance) @ np.diag(shared))
+    if not squares > 0:  # changes that change nothing: all losses are the baseline's
+        return 0.0, float(np.trace(shared))
     return float(np.sqrt(squares / np.trace(shared))), squares**2 / float((shared * covariance**2).sum())
+
+
+def _p(mean: float, error: float, freedom: float) -> float:
+    """Two-sided p of a mean, by Student's t; what has no error at all is either nothing or certain."""
+    return float(mean == 0) if error == 0 else 2 * stats.t.sf(abs(mean) / error, freedom)
 
 
 def half_width(errors: Sequence[float], freedoms: Sequence[float], level: float = 0.95) -> float:
