@@ -35,6 +35,7 @@ from tinylm.study.runs import _read_checked, _write_checked, load_runs, read_kep
 # losses, the run_ids of what is taken away, in the order of the same seeds. The run of another study is named study/run_id.
 COLUMNS = ("part", "effect", "low", "high", "low_90", "high_90", "p", "unit", "seeds", "runs", "base_runs")
 TIMED = ("norms", "decoding")  # studies that time code and train nothing: their effects have no run_ids
+SEEDED = ("ablations", "data_quality", "extrapolation")  # studies whose intervals narrow as seeds are added
 TIMINGS = "timings.json"  # where these keep what they timed
 
 Bounds = tuple[float | None, float | None]
@@ -820,6 +821,14 @@ class Claims:
                 seal(self.root / study, study)
         self.report.section("The rules")
         self.report.text(RULE)
+        self.report.text(
+            "The p shown is that corrected one. The ablations look at a contrast twice, at 1 % and at 4 %: their intervals and "
+            "their p allow for it. Parts without a p (of timings, of laws, of two variants, of variants that are not primary) are "
+            "judged by their interval alone. Each rule stands whole in "
+            "[tables/parts.csv](tables/parts.csv), and its hash, with the time when it was sealed, in `rules.json` of each study "
+            "that serves it. `tinylm study claims` hashes every rule again, and refuses one that has changed, an effect that "
+            "its records do not give, and a record whose checksum does not fit."
+        )
         rows = [
             {"claim": claim.number, "sentence": claim.sentence, "margin": claim.margin, "parts": len(claim.parts),
              "studies": ", ".join(claim.studies), "rule": claim.hash}
@@ -855,7 +864,8 @@ class Claims:
             corpus="", sealed="", rule="", runs="d",
         )  # fmt: skip
         self.report.figure(
-            "verdicts", "Each claim and the parts that decide it: green supported, orange refuted, grey undecided",
+            "verdicts", "Each claim and the parts that decide it, in the order of its table below: green supported, orange "
+            "refuted, grey undecided",
             lambda ax: _draw_verdicts(self.verdicts, ax), size=(8.6, 1.1 + 0.36 * len(table)),
         )  # fmt: skip
         for verdict in self.verdicts:
@@ -869,6 +879,8 @@ class Claims:
         self.report.text(
             f"### {claim.number}. {claim.sentence}\n\n**{verdict.verdict.capitalize()}**"
             f"{' at this scale' if verdict.verdict == 'undecided' else ''}. Margin: {claim.margin}. {claim.rule}".strip()
+            + "\n\n"
+            + _measures(claim)
         )
         shown = verdict.parts.assign(
             holds=[_bounds(part.supported) for part in claim.parts],
@@ -876,9 +888,9 @@ class Claims:
             more_seeds=[_seeds_words(row) for row in verdict.parts.itertuples()],
         )
         self.report.table(
-            shown, f"claim_{claim.number}", "The effect of each part with its 95 % interval, between which bounds the claim holds, "
-            "and how many seeds would decide it, were the effect what it seems", part="", effect="+.4f", interval="", unit="",
-            holds="", verdict="", decides="", seeds="d", more_seeds="", study="",
+            shown, f"claim_{claim.number}", "The effect of each part with its 95 % interval and its corrected p, between which "
+            "bounds the claim holds, and how many seeds would decide it by this rule, were the effect what it seems", part="",
+            effect="+.4f", interval="", unit="", p=".2g", holds="", verdict="", decides="", seeds="d", more_seeds="", study="",
         )  # fmt: skip
         for study, beside in BESIDE.get(claim.number, {}).items():
             table = evidence(self.root, study).set_index("part")
@@ -924,15 +936,26 @@ def _span(row: tuple) -> str:
 
 
 def _seeds_words(row: tuple) -> str:
-    if row.verdict != "undecided":
+    """How many seeds would decide a part; nothing where an interval is not of seeds alone, but of a law, of rounds or of depths."""
+    if row.verdict != "undecided" or row.study not in SEEDED or row.effect != row.effect:
         return ""
     return "more than anyone has" if not row.more_seeds < 1e4 else f"{row.more_seeds:.0f}"
+
+
+def _measures(claim: Claim) -> str:
+    """What the parts of a claim measure, a line for all that measure alike."""
+    names: dict[str, list[str]] = {}
+    for part in claim.parts:
+        names.setdefault(part.about, []).append(part.name)
+    return "\n".join(f"- *{'; '.join(own)}*: {about}." for about, own in names.items())
 
 
 def _words_of(verdict: Verdict) -> str:
     """The first of the deciding parts that speak for the verdict, in words, and how many more do."""
     parts = verdict.parts[verdict.parts.decides & (verdict.parts.verdict == verdict.verdict)]
     row = next(parts.itertuples())
+    if row.effect != row.effect:
+        return f"{row.part}: it diverged."
     others = len(parts) - 1
     more = f" (and {others} more part{'s' * (others > 1)} alike)" if others else ""
     scale, unit, spec = (100, " %", "+.1f") if row.unit == "share" else (1, f" {row.unit}", "+.3f")
@@ -943,7 +966,7 @@ def _words_of(verdict: Verdict) -> str:
 def _draw_verdicts(verdicts: list[Verdict], ax: object) -> None:
     """A line a claim: its parts as squares, coloured by verdict, and the claim's own verdict in words."""
     for i, verdict in enumerate(verdicts):
-        parts = verdict.parts[verdict.parts.decides].sort_values("verdict", ascending=False)
+        parts = verdict.parts[verdict.parts.decides]
         for j, part in enumerate(parts.itertuples()):
             ax.plot(j, i, "s", color=COLOURS[part.verdict], markersize=9)
         ax.annotate(

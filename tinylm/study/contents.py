@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -20,6 +21,38 @@ LAWS = {  # column -> (law, parameter) of a compute study's tables/laws.csv
 }
 
 
+WORDS = {
+    "nat": (
+        "the unit of loss: how surprised a model is by the next token, on average, in natural logarithms. Lower is better; a guess "
+        f"at random among 512 tokens loses {math.log(512):.2f}. A bit is {math.log(2):.3f} nats; perplexity is e to the loss."
+    ),
+    "FLOP": "one multiplication or addition. Compute is counted in them, so that the machine does not matter.",
+    "95 % interval": (
+        "it holds the true value in 95 of 100 such studies. Two things are told apart where the interval of their difference "
+        "leaves out zero, after a correction for how many comparisons were made (Holm's)."
+    ),
+    "seed": (
+        "the number from which first weights and the order of the text are drawn. Runs that differ in it alone tell how much is "
+        "luck; paired by seed, two things are compared with much of that luck taken out."
+    ),
+    "identified, weak, not identified": "how well the runs tell a parameter of a law: its interval is narrow, wide, or no help.",
+    "family, minimum": "models of several sizes trained with equal compute, and the size at which their loss is lowest.",
+    "surface": "one law of parameters N and tokens D together: L = E + A / N^alpha + B / D^beta.",
+    "compute multiplier": (
+        "the compute at which the baseline reaches a variant's loss, over the compute that the variant took: above 1 the variant "
+        "saves compute."
+    ),
+    "small and large place": "the two sizes of model and compute at which choices of the architecture were tried.",
+    "as used": (
+        "a variant with as many parameters as it has by itself; the others are brought to the baseline's number by the width of "
+        "their feed-forward."
+    ),
+    "octave": "a factor of two, here of learning rate.",
+    "MHA, GQA by n, MQA": "attention in which each query head has keys and values of its own, n heads share them, or all do.",
+    "qk-norm, relu2": "queries and keys normalised before they meet; a feed-forward with the square of ReLU.",
+    "eager, native, compiled": "torch's operations one by one, its fused one, and machine code made of all of them.",
+}
+
 # What a reader meets first; what is not named here follows by name.
 ORDER = ("claims", "hyperparameters", "compute_scaling", "data_scaling", "model_scaling", "ablations", "quickstart")
 
@@ -35,7 +68,8 @@ def write(results: Path) -> Path:
     )
     pieces = [
         "# Results\n\nEvery number here was computed from the records beside it. The first lines of each report stand below; "
-        "the reports have the tables, the figures and the doubts; a study's last section has the command that makes it again."
+        "the reports have the tables, the figures and the doubts; a study's last section has the command that makes it again. "
+        "The [words](#words) are explained at the end."
     ]
     texts = pd.DataFrame([row for folder in folders if (row := _laws(folder))])
     for folder in folders:
@@ -56,6 +90,7 @@ def write(results: Path) -> Path:
             + _table(texts)
             + "\n\n([texts.csv](texts.csv))"
         )
+    pieces.append("## Words\n\n" + "\n".join(f"- **{word}**: {meaning}" for word, meaning in WORDS.items()))
     return write_whole(results / "README.md", "\n\n".join(pieces) + "\n")
 
 
@@ -72,10 +107,10 @@ def _verdicts(folder: Path, link: str) -> str:
     except (OSError, KeyError, ValueError):
         return ""
     told = (
-        "What the design says, tried: the verdict of a rule, the first effect that speaks for it with its 95 % interval, how many "
-        "of its comparisons hold, the fewest seeds behind one (rounds where something was timed, 1 where a law was fitted), the "
-        "text, and whether the rule was sealed before its data or after some of them, by people who could have seen them. All "
-        f"effects and rules are in the [report]({link}/README.md)."
+        "What the design says, tried: the verdict of a rule, the first effect that speaks for the verdict with its 95 % interval, "
+        "how many of the claim's comparisons hold, the fewest seeds behind one (rounds where something was timed, 1 where a law "
+        "was fitted), the text, and whether the rule was sealed before its data or after some of them, by people who could have "
+        f"seen them. All effects and rules are in the [report]({link}/README.md)."
     )
     if rows and len(rows) < rows[0]["of"]:
         told += (

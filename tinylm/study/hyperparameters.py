@@ -581,13 +581,14 @@ class Hyperparameters(OneAtATime):
         """How far two scorings on different stretches of the validation text lie apart by that alone: the standard error of
         the difference of two means (nats), from the spread between windows of the baseline's own losses."""
         path = self.folder / "tables" / "stretches.json"
-        if not path.exists():
+        run_id = self.measured[self.measured.knob == BASELINE].run_id.iloc[0]
+        known = read_kept(path, lambda kept: {**kept, "sd": float(kept["sd"])}) if path.exists() else {}
+        if known.get("run_id") != run_id:  # another seed has another baseline
             import torch
 
             from tinylm.checkpoint import load_model
             from tinylm.train import TextDataset
 
-            run_id = self.measured[self.measured.knob == BASELINE].run_id.iloc[0]
             model, _, _ = load_model(self.folder / "models" / f"{run_id}.safetensors")
             data = TextDataset.from_tokens(
                 prepare_corpus(self.judge_run()).val, self.recipe.seq_len, self.recipe.seq_len
@@ -597,8 +598,7 @@ class Hyperparameters(OneAtATime):
                 means = [float(model.loss(*(part[None] for part in data[i]))) for i in picks]
             known = {"run_id": run_id, "windows": len(means), "sd": float(np.std(means, ddof=1))}
             files.write_whole(path, json.dumps(known) + "\n")
-        sd = read_kept(path, lambda kept: float(kept["sd"]))
-        return sd * math.sqrt(2 / max(1, self.preset.eval_tokens // self.recipe.seq_len))
+        return known["sd"] * math.sqrt(2 / max(1, self.preset.eval_tokens // self.recipe.seq_len))
 
     def ranked(self, tables: dict[str, pd.DataFrame], knobs: dict[str, Knob], times: dict) -> pd.DataFrame:
         """Knobs in the order of what they are worth, a row each."""
@@ -691,7 +691,8 @@ class Hyperparameters(OneAtATime):
             f"({self.clock_words()}); without a rank: shown beside, no part of the claim", **formats,
         )  # fmt: skip
         self.report.figure(
-            "impacts", "The impact of each knob with its 95 % interval; orange: starred by the design; hollow: shown beside",
+            "impacts", "The impact of each knob with its 95 % interval; orange: starred by the design; hollow: not told from none; "
+            "diamond: shown beside; arrow: below 0.001",
             lambda ax: _draw_impacts(self.impacts, ax), size=(7.4, 1.1 + 0.27 * len(self.impacts)),
         )  # fmt: skip
         values = pd.concat(
@@ -754,8 +755,9 @@ class Hyperparameters(OneAtATime):
             impact=".4f", low="+.4f", high="+.4f", best="", worst="", ngram=".3f", repetition=".3f", distinct=".3f",
         )  # fmt: skip
         self.report.figure(
-            "samples", "What samples lose under the larger model, and how much they say again; dashed: the text itself",
-            lambda ax: _draw_samples(means, text, ax), size=(7.4, 4.2),
+            "samples", "What samples lose under the larger model, and how much they say again; dashed: the text itself; values "
+            "without a number lie beside the baseline",
+            lambda ax: _draw_samples(means, text, ax), size=(8.2, 4.4),
         )  # fmt: skip
 
     def _samples(self) -> dict:
@@ -825,7 +827,8 @@ class Hyperparameters(OneAtATime):
             "The design's map of hyperparameters with what was measured in each cell: nats per token between the worst and the "
             "best value. Stars are the design's; a thick frame marks the cells that were measured to be worth most, as many as the "
             "design starred. Sampling is judged by what its samples lose under the larger model, so its colours are its own. The "
-            "six choices are the ablations' (equal parameters and tokens, each at its own learning rate)"
+            "six choices are the ablations' (equal parameters and tokens, each at its own learning rate): the range between the "
+            "worst and the best mean, in brackets where no alternative is told from the baseline"
             + ("." if len(choices) == len(CHOICES) else ", where they were measured at this place.")
         )
         self.report.figure(
@@ -851,20 +854,21 @@ class Hyperparameters(OneAtATime):
         self._write_effects()
 
     def _choices(self) -> dict[str, tuple[float, float]]:
-        """The range of each architecture choice and the low end of its interval,
-        from ablations at this very place; beside this study's folder or in the
-        reference results."""
+        """The range of each architecture choice from ablations at this very place, beside this study's folder or in the
+        reference results; and the low end of its interval, or -1 where no alternative of it is told from the baseline."""
         for root in (self.folder.parent, repository() / "results"):
             tables = root / "ablations" / "tables"
-            if not ((tables / "effects.csv").exists() and (tables / "places.csv").exists()):
+            if not all((tables / f"{name}.csv").exists() for name in ("effects", "places", "contrasts_small")):
                 continue
             place = pd.read_csv(tables / "places.csv").set_index("place").loc["small"]
             total = counts.parameters(self.model(self.preset.shape))["total"]
             if (place.params_total, place.flops) == (total, self.preset.flops):
                 effects = pd.read_csv(tables / "effects.csv").set_index("part")
+                contrasts = pd.read_csv(tables / "contrasts_small.csv")
+                told = set(contrasts.choice[contrasts.verdict.isin(["worse", "better"]) & contrasts.kind.eq("equal")])
                 return {
-                    cell: (float(effects.effect[part]), float(effects.low[part])) for cell, choice in CHOICES.items()
-                    if (part := f"small: range of {choice}") in effects.index
+                    cell: (float(effects.effect[part]), float(effects.low[part]) if choice in told else -1.0)
+                    for cell, choice in CHOICES.items() if (part := f"small: range of {choice}") in effects.index
                 }  # fmt: skip
         return {}
 
@@ -887,8 +891,11 @@ class Hyperparameters(OneAtATime):
             rows.append(claims.effects_row(part, **margin(some, rest, apart), seeds=seeds, runs=runs))
         table = pd.DataFrame(rows, columns=list(claims.COLUMNS))
         write_table(self.folder / "tables" / "effects.csv", table)
-        for row in table.itertuples():
-            self.findings.append(f"{row.part}: {row.effect:+.3f} nats ({interval(row.low, row.high, '+.3f')}).")
+        for row, kind in zip(table.itertuples(), ("of training, model and data", "of generation"), strict=True):
+            self.findings.append(
+                f"The starred knob {kind} that is worth least is worth {row.effect:+.3f} nats "
+                f"({interval(row.low, row.high, '+.3f')}) against the other knob that is worth most."
+            )
 
     def end(self) -> None:
         self.finish([self.tuned, self.measured, self.judged], ("knob", "value"))
@@ -926,8 +933,9 @@ def _draw_impacts(table: pd.DataFrame, ax: object) -> None:
     for i, row in enumerate(table.itertuples()):
         colour = plots.COLOURS[1] if row.star else plots.COLOURS[0]
         ax.plot(np.clip([row.low, row.high], least, None), [i, i], color=colour, linewidth=2.5, solid_capstyle="butt")
-        face = "white" if row.beside else colour
-        ax.plot(max(row.impact, least), i, "o" if row.impact > least else "<", color=colour, markerfacecolor=face)
+        marker = "<" if not row.impact > least else "D" if row.beside else "o"
+        face = colour if row.low > 0 else "white"
+        ax.plot(max(row.impact, least), i, marker, color=colour, markerfacecolor=face)
     ax.set_yticks(range(len(table)), [f"{row.knob} {row.star}" for row in table.itertuples()])
     ax.set_ylim(len(table) - 0.4, -0.6)
     ax.set_xscale("log")
@@ -952,17 +960,17 @@ def _draw_samples(means: pd.DataFrame, text: dict[str, float], ax: object) -> No
                 linewidth=0.8,
                 alpha=0.6,
             )
-            ax.annotate(
-                row.value,
-                (row.repetition, row.judge),
-                (6, 12 - 9 * i),
-                textcoords="offset points",
-                fontsize=8,
-                color=plots.COLOURS[i],
-            )
+            if abs(row.judge - base.judge) > 0.2 or row.repetition - base.repetition > 0.01:
+                ax.annotate(
+                    row.value, (row.repetition, row.judge), (-7, -3), textcoords="offset points", ha="right", fontsize=9,
+                    color=plots.COLOURS[i],
+                )  # fmt: skip
         ax.plot(rows.repetition, rows.judge, plots.MARKERS[i], color=plots.COLOURS[i], label=name)
     ax.plot(base.repetition, base.judge, "*", color="black", markersize=12, label=BASELINE)
-    ax.margins(0.1)
+    ax.set_xscale("symlog", linthresh=1e-3)
+    ax.set_xlim(-4e-4, 1)
+    ax.set_xticks([0, 1e-3, 1e-2, 0.1, 1], ["0", "0.001", "0.01", "0.1", "1"])
+    ax.minorticks_off()
     ax.set_xlabel(f"repetition (share of runs of {GRAM} tokens said before)")
     ax.set_ylabel("loss under the larger model (nats/token)")
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))

@@ -100,9 +100,13 @@ def markdown(results: Path | None = None) -> str:
     text = [f"| {' | '.join(heads)} |", "| :--- |" + " ---: |" * len(FACTORS)]
     text += [f"| {name} | {' | '.join(cells)} |" for name, cells in lines.items()]
     rates = " and ".join(f"{rate / 1e12:.0f} TFLOP/s ({device})" for device, rate in DEVICES.items())
-    reach = " to ".join(f"{value:,.0f}" for value in (frame.reach.min(), frame.reach.max()))
+    minima = pd.read_csv((results or repository() / "results") / STUDY / "tables" / "isoflop_minima.csv")
+    measured = minima[minima.budget == BASE].iloc[0]
+    size, low, high = (quantity(measured[name]) for name in ("params_opt", "params_low", "params_high"))
     note = (
-        f"Computed, not run. The law is [{STUDY}](results/{STUDY}/README.md)'s, {reach} times beyond its evidence, and the text "
+        f"Computed, not run. The law is [{STUDY}](results/{STUDY}/README.md)'s surface of parameters and tokens, at the "
+        f"largest budget that it was fitted to and up to {FACTORS[-1]:,} times beyond; the minimum of the family measured at 1x "
+        f"lies elsewhere, at {size} parameters ({low} to {high}) and {quantity(measured.tokens_opt)} tokens. The text "
         f"never ends. GPUs: FLOPs over the published dense bf16 rate, {rates}, at a utilisation of {UTILISATION:.0%}, which "
         "models so narrow may not reach, and without loss between eight. Memory: fp32 state without activations, which "
         "batch_size and grad_accum bound."

@@ -130,9 +130,10 @@ class Study:
         table = evidence / "tables" / "variants.csv"
         if table.exists():
             self.report.table(
-                pd.read_csv(table), "recipe", "The evidence: what changing one thing does to the loss at small budgets, each "
-                f"variant at its best rate (more in {within_repository(evidence)}/README.md)", budget=".2g", variant="",
-                rate=".3g", loss=".3f", seed_sd=".3f", seeds="d", difference="+.3f", low="+.3f", high="+.3f",
+                pd.read_csv(table), "recipe", "The evidence: what changing one thing does to the loss at a small budget, each "
+                "variant at the best of the rates tried (`edge`: it is the lowest or the highest of them, so a better one may "
+                f"lie beyond; more in {within_repository(evidence)}/README.md)", budget=".2g", variant="", rate=".3g", edge="",
+                loss=".3f", seed_sd=".3f", seeds="d", difference="+.3f", low="+.3f", high="+.3f", verdict="",
             )  # fmt: skip
 
     def with_seeds(self, run: Run, count: int | None = None) -> list[Run]:
@@ -225,7 +226,7 @@ class Study:
             lambda ax: plots.forecast(table[table["name"] == sealed.stem], ax=ax), size=(7, 2.4),
         )  # fmt: skip
         self.findings.append(
-            f"A forecast sealed before its run missed by {error:+.2f} % of the loss and {'kept' if kept else 'left'} its 95 % "
+            f"A forecast sealed before its run was off by {error:+.2f} % of the loss and {'kept' if kept else 'left'} its 95 % "
             f"interval: {what}."
         )
 
@@ -310,6 +311,10 @@ def _publish_calibration(folder: Path) -> None:
     found = forecasts.calibration(folder)
     page = Report(folder, "Every forecast that was sealed")
     page.text(found.sentence())
+    page.text(
+        "A seal is a file of this folder, written before its run existed, and its score the file beside it. The studies named "
+        "below seal and score them; their last sections have the commands, and each of them draws this page anew."
+    )
     page.table(
         found.table.rename(columns={"inside": "kept its interval"}), "calibration",
         "Forecasts in the order they were sealed: loss (nats per token) with its 95 % interval, what came out, and by how many "
