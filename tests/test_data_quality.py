@@ -275,6 +275,24 @@ def test_every_damage_is_worth_the_clean_tokens_that_the_law_says(measured):
         assert table.verdict["swap:0.1"] == "worse" and table.verdict["shuffle:0.3"] != "better"
 
 
+def test_an_interval_that_ends_where_the_clean_text_ends_is_told_as_a_bound(measured):
+    table = measured.tables["small"].set_index("variant", drop=False)
+    row = next(table.loc[["swap:0.1"]].itertuples())
+    assert measured._open(row) == (False, False) and f"({row.worth_low:.0%} to" in measured._share(row)
+    at_least = row._replace(worth=0.251, worth_low=0.25, worth_high=0.31)
+    assert measured._open(at_least) == (True, False) and measured._share(at_least) == "at most 31%"
+    assert measured._share(row._replace(worth_high=4.0)) == f"at least {row.worth_low:.0%}"
+    below = next(table.loc[["foreign:0.5"]].itertuples())
+    assert below.beyond == "below" and measured._share(below) == f"at most {below.worth_high:.0%}"
+
+
+def test_every_code_is_tied_to_its_words(measured):
+    for damage in DAMAGES:
+        assert f"- `{damage}`: {data_quality.words(damage)}" in "\n".join(measured.report.pieces)
+    assert all(f"(`{damage}`)" in "\n".join(measured.findings) for damage in STRONG)
+    assert any("clearly beat clean text in" in line for line in measured.findings)
+
+
 def test_intervals_hold_the_truth_and_are_no_wider_than_the_noise_asks_for(measured):
     held = []
     for place in measured.preset.places:

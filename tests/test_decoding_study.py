@@ -165,7 +165,8 @@ def tell(study: decoding.DecodingStudy) -> str:
 @pytest.mark.parametrize(("gain", "verdict"), [(0.4, "supported"), (0.02, "refuted")])
 def test_planted_speeds_come_out_with_the_claims_verdict(tmp_path, monkeypatch, gain, verdict):
     study = study_of(tmp_path, monkeypatch, Clockwork(gain))
-    tell(study)
+    assert "At batch 2 and context 8 the cache of groups of 3 holds" in tell(study)
+    assert "exactly a third of MHA's" in study.report.first
     effects = pd.read_csv(tmp_path / "tables" / "effects.csv").set_index("part")
     parts = {part.name: part for claim in claims.claims_of([5]) for part in claim.parts if part.study == "decoding"}
     assert set(parts) <= set(effects.index)

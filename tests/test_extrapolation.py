@@ -209,6 +209,32 @@ def test_planted_effects_come_out_by_reach(measured):
     assert "learned less its own sliding window" not in table.index  # it has nothing else
 
 
+def test_learned_and_rope_are_compared_like_for_like_too(measured):
+    """Both with a sliding window: a row of its own, which no rule reads."""
+    table = measured.table.set_index(["contrast", "span"])
+    own = table.loc["learned less rope, both sliding"]
+    assert set(own.index) == set(SPANS) - {"within T"} and not own.primary.any() and own.p_holm.isna().all()
+    by_hand = measured.losses("learned", "slid") - measured.losses("rope", "slid")
+    for span, row in own.iterrows():
+        assert (
+            row.difference == pytest.approx(measured.over(by_hand, span).mean()) and row.low < row.difference < row.high
+        )
+    effects = pd.read_csv(measured.folder / "tables" / "effects.csv")
+    assert "learned less rope, both sliding, T to 2T" in set(effects.part) and not effects.part.duplicated().any()
+    read = {part.name for claim in claims.CLAIMS for part in claim.parts}
+    assert not [part for part in effects.part if "both sliding" in part and part in read]
+    assert sum("both with a sliding window" in line for line in measured.findings) == 1
+
+
+def test_a_tick_stands_beyond_every_difference(measured):
+    from matplotlib.figure import Figure
+
+    ax = Figure().subplots()
+    ax.plot([0, 1], [-0.4, 0.73])
+    extrapolation._by_size(ax)
+    assert ax.get_ylim() == (-1.0, 1.0) and 1.0 in ax.get_yticks()
+
+
 def test_bands_tell_differences_though_stretches_differ_more(measured):
     """What is the same for all kinds goes away, token by token."""
     row = measured.table.set_index(["contrast", "span"]).loc["none less rope", "T to 2T"]

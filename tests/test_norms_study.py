@@ -159,6 +159,16 @@ def test_planted_ratios_come_out_as_the_claim_asks(planted, tmp_path):
     assert "1" in claims._sealed(tmp_path / "norms")
 
 
+def test_the_report_says_how_it_is_judged_and_how_far_sittings_lie_apart(planted, tmp_path):
+    study = whole_study(tmp_path / "norms")
+    study.times.loc[study.times.sitting.eq(1) & study.times.case.eq("eager"), "layernorm"] *= 3
+    assert "differ most in LayerNorm, eager" in study._sittings_apart() and "3.0 times the" in study._sittings_apart()
+    told = (tmp_path / "norms" / "README.md").read_text(encoding="utf-8")
+    assert f"stretched {norms.stretch_of(3):.2f} times" in told and norms.stretch_of(3) > norms.stretch_of(30) > 1
+    assert "norm alone, native: refuted; norm alone, compiled: supported" in told
+    assert "`written out` has no vote" in told.split("## ")[0]
+
+
 def test_drawing_again_times_nothing_and_changes_nothing(planted, tmp_path, monkeypatch):
     whole_study(tmp_path / "norms")
     before = {path: path.read_bytes() for path in (tmp_path / "norms").rglob("*") if path.is_file()}

@@ -182,6 +182,38 @@ def test_a_model_that_learns_nothing_is_no_evidence_and_told(tmp_path):
 
     study = whole(study_of(tmp_path / "r", Idle, depths=(2,), moves=0))
     assert not study.arms.learns.any() and any("say little" in line for line in study.findings)
+    assert not any("both learn" in line for line in study.findings)
+
+
+def test_the_mean_over_depths_that_learn_leads_and_the_sealed_one_stays(tmp_path):
+    """One model that learns nothing bears every rate: the sealed mean counts it, and the report says so."""
+
+    class OneIdle(KnownLimits):
+        unigram = 5.2
+
+        def train(self, runs, **options):
+            frame = super().train(runs)
+            idle = (frame.num_layers == 16) & (frame.norm_position == "post") & (frame.warmup == "without warmup")
+            return frame.assign(val_loss=frame.val_loss.mask(idle & (frame.place < -6), 5.0))
+
+    study = whole(study_of(tmp_path / "r", OneIdle))
+    effects = pd.read_csv(study.folder / "tables" / "effects.csv").set_index("part").effect
+    assert effects["largest stable rate, with warmup"] == pytest.approx(1.0)
+    assert effects["largest stable rate, without warmup"] < 2.0  # two depths at 2, and one far below
+    lead, sealed = (line for line in study.findings if "lies above" in line)
+    assert "with warmup +1.00 octaves" in lead and "without warmup +2.00 octaves" in lead and "2 of 3 depths" in lead
+    assert f"without warmup {effects['largest stable rate, without warmup']:+.2f} octaves" in sealed
+    assert "say little" in sealed and "post-norm at 16 layers without warmup" in sealed
+
+
+def test_shares_that_are_not_told_apart_are_not_called_larger(measured, tmp_path):
+    class Alike(KnownLimits):
+        def limit(self, run):
+            return limit(run.model.num_layers, "pre", True)
+
+    assert any("share that diverges is larger for post-norm" in line for line in measured.findings)
+    study = whole(study_of(tmp_path / "r", Alike, depths=(2, 4)))
+    assert any("cannot be told apart: post-norm's less pre-norm's is +0.0%" in line for line in study.findings)
 
 
 # ---------------------------------------------------------------------------------------------------------- what comes out

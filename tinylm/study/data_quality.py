@@ -54,6 +54,7 @@ _WORDS = {
     "boilerplate": "{} of the lines are stock phrases of web pages",
     "foreign": "{} of the lines are in a made-up language",
 }
+_CODED = "by the codes of How the text is spoilt"  # in captions
 _COLOURS = dict(zip(_WORDS, plots.COLOURS, strict=False))
 
 
@@ -387,8 +388,12 @@ class DataQuality(SectionStudy):
             "windows are drawn from the whole training part by the seed, so that seeds differ in their text too, and intervals "
             "hold its luck. Misspelt words cost more tokens, so that equal tokens hold less of a text with swapped characters."
         )
+        self.report.text("\n".join(f"- `{damage}`: {words(damage)}" for damage in self.preset.damages))
+        codes = {words(damage).capitalize(): f" (`{damage}`)" for damage in self.preset.damages}
         shown = self._examples()
-        self.report.text("\n\n".join(f"{told}:\n\n```text\n{lines}\n```" for told, lines in shown.items()))
+        self.report.text(
+            "\n\n".join(f"{told}{codes.get(told, '')}:\n\n```text\n{lines}\n```" for told, lines in shown.items())
+        )
 
     def _examples(self) -> dict[str, str]:
         """The beginning of the training part as it is, and as each kind of damage leaves it; kept beside the tables."""
@@ -462,7 +467,7 @@ class DataQuality(SectionStudy):
             high="+.4f", clean_tokens=",.0f", worth=".2f", worth_low=".2f", worth_high=".2f", beyond="",
         )  # fmt: skip
         self.report.figure(
-            "curves", "Loss against text read once. Line: clean text, with its 95 % band; marks: spoilt text",
+            "curves", f"Loss against text read once. Line: clean text, with its 95 % band; marks: spoilt text, {_CODED}",
             lambda axes: [self._draw_curve(place, ax) for place, ax in zip(self.preset.places, axes, strict=True)],
             size=(10.2, 4.4), panels=2,
         )  # fmt: skip
@@ -519,42 +524,51 @@ class DataQuality(SectionStudy):
         )
         self.report.table(
             rows, "worth", f"{quantity(amount)} tokens of spoilt text against as many clean ones (nats per token, 95 % intervals), "
-            "in clean tokens and in parameters", place="", does="", loss=".3f", difference="+.4f", low="+.4f", high="+.4f",
-            verdict="", clean_tokens=",.0f", worth=".2f", worth_low=".2f", worth_high=".2f", beyond="", left=".2f", of_size=".2f",
-            of_size_low=".2f", of_size_high=".2f",
+            "in clean tokens and in parameters", place="", damage="", does="", loss=".3f", difference="+.4f", low="+.4f",
+            high="+.4f", verdict="", clean_tokens=",.0f", worth=".2f", worth_low=".2f", worth_high=".2f", beyond="", left=".2f",
+            of_size=".2f", of_size_low=".2f", of_size_high=".2f",
         )  # fmt: skip
         self.report.figure(
-            "worth", "What a spoilt token is worth in clean ones, with 95 % intervals (arrow: only a bound); grey stroke: the "
-            "share of lines that is the text's own",
+            "worth", f"What a spoilt token is worth in clean ones, with 95 % intervals, {_CODED}; arrow: the interval may go on "
+            "beyond the least or most clean text that was tried; grey stroke: the share of lines that is the text's own",
             lambda axes: [self._draw_worth(rows, place, ax) for place, ax in zip(self.preset.places, axes, strict=True)],
             size=(10.2, 1.3 + 0.34 * len(self.preset.damages)), panels=2,
         )  # fmt: skip
         for place in self.preset.places:
             own = rows[(rows.place == place.name) & rows.damage.isin(STRONG)].sort_values("difference", ascending=False)
-            told = "; ".join(f"{row.does} {self._share(row)}" for row in own.itertuples())
+            told = "; ".join(f"{row.does} (`{row.damage}`) {self._share(row)}" for row in own.itertuples())
             self.findings.append(
                 f"What a token is worth in clean ones, for the {place.name} model on {quantity(amount)} of them, where: {told}."
             )
         self._show_more(rows)
 
-    @staticmethod
-    def _share(row: tuple) -> str:
-        if row.beyond:
-            return f"{'less' if row.beyond == 'below' else 'more'} than {row.bound:.0%}"
+    def _open(self, row: tuple) -> tuple[bool, bool]:
+        """Whether the lower and the upper end of a worth's interval stand at the least and the most clean text that was
+        tried, and so are not known."""
+        frontier = self.frontiers[row.place]
+        least, most = (end * frontier.flops / row.tokens_seen for end in frontier.reach)
+        below, above = (row.beyond == side for side in ("below", "above"))
+        return below or row.worth_low <= 1.001 * least, above or row.worth_high >= 0.999 * most
+
+    def _share(self, row: tuple) -> str:
+        below, above = self._open(row)
+        if below or above:
+            bounds = [f"at least {row.worth_low:.0%}"] * (not below) + [f"at most {row.worth_high:.0%}"] * (not above)
+            return bounds[0] if bounds else f"not known between {row.worth_low:.0%} and {row.worth_high:.0%}"
         return f"{row.worth:.0%} ({row.worth_low:.0%} to {row.worth_high:.0%})"
 
-    @staticmethod
-    def _draw_worth(rows: pd.DataFrame, place: Place, ax: object) -> None:
+    def _draw_worth(self, rows: pd.DataFrame, place: Place, ax: object) -> None:
         rows = rows[rows.place == place.name]
         ax.axvline(1, color=plots.GREY, linewidth=1)
         for i, row in enumerate(rows.itertuples()):
             colour = _COLOURS[Damage.parse(row.damage).kind]
-            ax.plot(
-                [row.worth_low, row.worth_high], [i, i], color=colour, linewidth=3, alpha=0.5, solid_capstyle="butt"
-            )
-            if row.beyond:
-                ax.plot(row.bound, i, "<" if row.beyond == "below" else ">", color=colour)
-            else:
+            below, above = self._open(row)
+            ends = [row.worth_low / (1.06 if below else 1), row.worth_high * (1.06 if above else 1)]
+            ax.plot(ends, [i, i], color=colour, linewidth=3, alpha=0.5, solid_capstyle="butt")
+            for end, arrow, is_open in zip(ends, "<>", (below, above), strict=True):
+                if is_open:
+                    ax.plot(end, i, arrow, color=colour)
+            if not row.beyond:
                 ax.plot(row.worth, i, "o", color=colour)
             if row.left == row.left:
                 ax.plot([row.left, row.left], [i - 0.35, i + 0.35], color=plots.GREY, linewidth=1.5)
@@ -572,20 +586,25 @@ class DataQuality(SectionStudy):
             f"{quantity(self.preset.amount)} tokens, read by the model of the place."
         )
         self.report.table(
-            other, "more", "Spoilt text of other amounts, and read by four times the parameters (nats per token, 95 % intervals)",
-            place="", variant="", params_total=",.0f", tokens_seen=",.0f", loss=".3f", difference="+.4f", low="+.4f", high="+.4f",
-            clean_tokens=",.0f", worth=".2f", worth_low=".2f", worth_high=".2f", beyond="",
+            other, "more", "Spoilt text of other amounts, and read by four times the parameters (nats per token, 95 % intervals), "
+            f"{_CODED}", place="", variant="", params_total=",.0f", tokens_seen=",.0f", loss=".3f", difference="+.4f",
+            low="+.4f", high="+.4f", clean_tokens=",.0f", worth=".2f", worth_low=".2f", worth_high=".2f", beyond="",
         )  # fmt: skip
         twice = other[(other.times == 1) & (other.amount == 2 * self.preset.amount)]
         if len(twice):
             told = "; ".join(
-                f"{place}: {', '.join(f'{row.damage} {row.difference:+.3f}' for row in own.itertuples())}"
+                f"{place}: "
+                + ", ".join(
+                    f"`{row.damage}` {row.difference:+.3f} ({interval(row.low, row.high, '+.3f')})"
+                    for row in own.itertuples()
+                )
                 for place, own in twice.groupby("place", sort=False)
             )
-            made_up = int((twice.high < 0).sum())
+            better, worse = int((twice.high < 0).sum()), int((twice.low > 0).sum())
             self.findings.append(
-                f"Twice the tokens of a spoilt text beat clean text in {made_up} of {len(twice)} cases (nats, spoilt less clean): "
-                f"{told}."
+                f"Of {len(twice)} cases, twice the tokens of a spoilt text clearly beat clean text in {better} (95 % interval "
+                f"below zero), are clearly behind it in {worse} and cannot be told from it in {len(twice) - better - worse} "
+                f"(nats, spoilt less clean): {told}."
             )
 
     def show_claim(self) -> None:
@@ -624,19 +643,22 @@ class DataQuality(SectionStudy):
         self.report.text(
             "Two comparisons at each size, seed by seed, with the variance of a difference pooled over everything read there, "
             "and Holm's correction over all four. A positive difference speaks for the text: twice of it did better than twice the "
-            "parameters, or the clean one better than a spoilt one with four times the parameters."
+            "parameters, or the clean one better than a spoilt one with four times the parameters. The damaged text is "
+            f"`{CLAIMED}`: {words(CLAIMED)}."
         )
         self.report.table(
             shown, "claim", "What claim 7 is judged by (nats per token, 95 % intervals, p after Holm)", part="", effect="+.4f",
             low="+.4f", high="+.4f", p=".2g", seeds="d",
         )  # fmt: skip
         self.report.figure(
-            "claim", "Loss against that of clean text, with 95 % intervals: left of the line is better",
+            "claim", "Loss against that of clean text, with 95 % intervals: left of the line is better; "
+            f"{CLAIMED}: {words(CLAIMED)}",
             lambda axes: [self._draw_claim(place, ax) for place, ax in zip(self.preset.places, axes, strict=True)],
             size=(10.2, 2.6), panels=2,
         )  # fmt: skip
         for row in self.effects.itertuples():
-            self.findings.append(f"{row.part}: {row.effect:+.3f} nats ({interval(row.low, row.high, '+.3f')}).")
+            part = row.part.replace("damaged text", f"damaged text (`{CLAIMED}`)")
+            self.findings.append(f"{part}: {row.effect:+.3f} nats ({interval(row.low, row.high, '+.3f')}).")
 
     def _draw_claim(self, place: Place, ax: object) -> None:
         table = self.tables[place.name].set_index("variant")
@@ -717,7 +739,8 @@ class DataQuality(SectionStudy):
             difference="+.2f", low="+.2f", high="+.2f", percent="+.1f", percent_low="+.1f", percent_high="+.1f",
         )  # fmt: skip
         self.report.figure(
-            "pair", "The same lines in two wordings: a mark a seed, a line through the means",
+            "pair", "The same lines in two wordings: a mark a seed, side by side, and a line through the means; the axes do not "
+            "begin at zero",
             lambda axes: self._draw_pair(axes, losses), size=(8.4, 3.4), panels=2,
         )  # fmt: skip
         told = "; ".join(
@@ -743,10 +766,11 @@ class DataQuality(SectionStudy):
                     seen.append(losses[place.name, name] if unit == "nats a line" else own.val_bpb)
                 ax.plot(sizes, [values.mean() for values in seen], color=colour, label=name)
                 for size, values in zip(sizes, seen, strict=True):
-                    ax.plot([size] * len(values), values, marker, color=colour, linestyle="none", alpha=0.7)
+                    beside = size * 1.03 ** (np.arange(len(values)) - (len(values) - 1) / 2)
+                    ax.plot(beside, values, marker, color=colour, markersize=4, linestyle="none")
             plots._log(ax, "x", plots.PARAMS)
             ax.set_ylabel(unit)
-            ax.set_ylim(bottom=0)
+            ax.margins(y=0.1)
         axes[0].legend()
 
     def end(self) -> None:

@@ -43,6 +43,7 @@ PATHS = {
 }
 WHOLE = "whole step"
 CLAIMED = {**{path: f"norm alone, {path}" for path in list(PATHS)[:3]}, WHOLE: WHOLE}  # the parts of the claim
+NAMES = {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}
 FASTER = 0.01  # what claim 1 calls a faster step: 1 % less time
 
 
@@ -215,7 +216,9 @@ class Norms:
             f"{shape.max_seq_len} tokens, one thread, on the path that the machine picks: data, forward, backward, clipping "
             f"and AdamW.\n\nRMSNorm and LayerNorm take turns, and the ratio of their times is taken within a round: "
             f"{self.preset.sittings} sittings, each a fresh process, of {self.preset.rounds} rounds. An effect is the median ratio "
-            "less one: below zero RMSNorm is the faster. Its 95 % interval resamples sittings, and rounds within them."
+            "less one: below zero RMSNorm is the faster. Its 95 % interval resamples sittings, and rounds within them, and is "
+            f"then stretched {stretch_of(self.preset.sittings):.2f} times in logarithms, by Student's t and sqrt(n / (n - 1)), "
+            f"since n = {self.preset.sittings} sittings are few: an end may lie beyond every ratio that was measured."
         )
 
     def measure(self) -> None:
@@ -282,9 +285,26 @@ class Norms:
             "alone", alone, "Milliseconds of forward and backward of either norm (median over all rounds), and RMSNorm's over "
             "LayerNorm's less one with its 95 % interval",
         )  # fmt: skip
+        self.report.text(self._sittings_apart())
         said = [f"{row.case} {row.effect:+.0%} ({interval(row.low, row.high, '+.0%')})" for row in alone.itertuples()]
         self.findings.append(
-            f"RMSNorm's time alone, forward and backward, over LayerNorm's less one: {', '.join(said)}."
+            f"RMSNorm's time alone, forward and backward, over LayerNorm's less one: {', '.join(said)} (95 % intervals, stretched "
+            f"for so few sittings, {self.preset.sittings})."
+        )
+
+    def _sittings_apart(self) -> str:
+        """A sentence: where the median times of the sittings differ most, and by how much elsewhere."""
+        medians = {
+            (case, norm): 1e3 * own.groupby("sitting")[norm].median()
+            for case, own in self.times.groupby("case") if case != WHOLE
+            for norm in NORMS
+        }  # fmt: skip
+        apart = {key: values.max() / values.min() for key, values in medians.items()}
+        *_, second, most = sorted(apart, key=apart.get)
+        return (
+            f"Sittings differ most in {NAMES[most[1]]}, {most[0]}: their medians are "
+            f"{', '.join(f'{value:.2f}' for value in sorted(medians[most]))} ms, the longest {apart[most]:.1f} times the shortest; "
+            f"elsewhere it is {apart[second]:.1f} times at most."
         )
 
     def show_step(self) -> None:
@@ -296,8 +316,8 @@ class Norms:
         self._show("step", self.table[self.table.case == WHOLE], "The same of a whole training step")
         self.report.figure(
             "ratios", "RMSNorm's time over LayerNorm's: a dot a round, coloured by sitting, and the median with its 95 % "
-            "interval, which may run beyond the picture; dashed: what claim 1 calls a faster step", self._draw,
-            size=(7.6, 3.4),
+            "interval, which may run beyond the picture; the whole step has an axis of its own; dashed: what claim 1 calls a "
+            "faster step", self._draw, size=(10.2, 3.2), panels=2,
         )  # fmt: skip
         self.findings.append(
             f"A whole training step takes {row.effect:+.1%} with RMSNorm instead of LayerNorm "
@@ -318,6 +338,21 @@ class Norms:
         ]
         effects = pd.DataFrame(rows, columns=list(claims.COLUMNS))
         write_table(self.folder / "tables" / "effects.csv", effects)
+        self._show_verdict(effects.set_index("part"))
+
+    def _show_verdict(self, effects: pd.DataFrame) -> None:
+        """What claim 1 hangs on here, and what stands beside it."""
+        (claim,) = claims.claims_of([1])
+        own = [part for part in claim.parts if part.study == self.settings.study and part.decides]
+        told = "; ".join(f"{part.name}: {part.verdict(effects.loc[part.name])}" for part in own)
+        beside = ", ".join(f"`{path}`" for path in PATHS if path not in CLAIMED)
+        self.report.section("What decides")
+        self.report.text(
+            f"Claim 1 wants RMSNorm the faster in each of these ({told}), and its loss equal, which the ablations judge; one part "
+            f"that is refuted refutes it. {beside} has no vote: the rule names the ways that a run takes, this package's own, "
+            "torch's function behind it and the compiler's. Single operations only show what those save."
+        )
+        self.findings.append(f"By the rule of claim 1: {told}. {beside} has no vote.")
 
     def _row(self, case: str) -> dict:
         own = self.times[self.times.case == case]
@@ -336,23 +371,31 @@ class Norms:
             high="+.1%", rounds="d",
         )  # fmt: skip
 
-    def _draw(self, ax: object) -> None:
+    def _draw(self, axes: list) -> None:
+        alone = self.table.case != WHOLE
+        axes[1].axvline(1 - FASTER, linestyle="--", color=plots.COLOURS[1], linewidth=1.4)
+        for ax, rows in zip(axes, (self.table[alone], self.table[~alone]), strict=True):
+            self._draw_ratios(ax, rows)
+        axes[0].set_title("norm alone")
+        axes[1].set_title(WHOLE)
+        axes[1].set_yticks([])
+
+    def _draw_ratios(self, ax: object, rows: pd.DataFrame) -> None:
         ax.axvline(1, color=plots.GREY, linewidth=1)
         count = self.preset.sittings
-        for i, row in enumerate(self.table.itertuples()):
+        for i, row in enumerate(rows.itertuples()):
             own = self.times[self.times.case == row.case]
             lift = 0.5 * ((own["sitting"] + 0.5) / count - 0.5)
             colours = [plots.COLOURS[number % len(plots.COLOURS)] for number in own["sitting"]]
             ax.scatter(own.ratio, i + lift, s=14, c=colours, alpha=0.7, linewidths=0)
             ax.plot([1 + row.low, 1 + row.high], [i, i], color="black", linewidth=2.5, solid_capstyle="butt")
             ax.plot(1 + row.effect, i, "o", color="black", markerfacecolor="white", zorder=4)
-        last = len(self.table) - 1
-        ax.plot([1 - FASTER] * 2, [last - 0.45, last + 0.45], "--", color=plots.COLOURS[1], linewidth=1.4)
-        ax.set_yticks(range(last + 1), [CLAIMED.get(case, f"norm alone, {case}") for case in self.table.case])
-        ax.set_ylim(last + 0.6, -0.6)
+        ax.set_yticks(range(len(rows)), rows.case)
+        ax.set_ylim(len(rows) - 0.4, -0.6)
         ax.grid(axis="y", visible=False)
-        plots._log(ax, "x", "RMSNorm's time over LayerNorm's")
-        low, high = self.times.ratio.quantile([0.01, 0.99])
+        plots._log(ax, "x", "RMSNorm's time over LayerNorm's", plots._plain)
+        ratios = self.times.ratio[self.times.case.isin(rows.case)]
+        low, high = min(1 - FASTER, ratios.quantile(0.01)), max(1, ratios.quantile(0.99))
         room = (high / low) ** 0.5  # an interval of few sittings may run far out of the picture
         ax.set_xlim(max(ax.get_xlim()[0], low / room), min(ax.get_xlim()[1], high * room))
 
@@ -392,18 +435,22 @@ def times_of(sittings: list[dict]) -> pd.DataFrame:
 def median_ratio(logs: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, np.ndarray]:
     """The median of ratios less one, and draws of it (draws,). logs: of the ratios, (sittings, rounds).
 
-    A draw takes sittings with replacement, and rounds within each. With few sittings that alone is too narrow, by
-    sqrt((n - 1) / n) (Davison & Hinkley 1997, section 3.8) and for want of Student's quantile: the draws are stretched about
-    the effect by as much, so that their 95 % interval is one.
+    A draw takes sittings with replacement, and rounds within each; draws are stretched about the effect by ``stretch_of``.
     """
     count, rounds = logs.shape
     rng = np.random.default_rng(seed)
     sittings = rng.integers(count, size=(draws, count, 1))
     found = np.median(logs[sittings, rng.integers(rounds, size=(draws, count, rounds))], axis=(1, 2))
-    middle, stretch = float(np.median(logs)), 1.0
-    if count > 1:
-        stretch = math.sqrt(count / (count - 1)) * stats.t.ppf(0.975, count - 1) / stats.norm.ppf(0.975)
-    return math.expm1(middle), np.expm1(middle + stretch * (found - middle))
+    middle = float(np.median(logs))
+    return math.expm1(middle), np.expm1(middle + stretch_of(count) * (found - middle))
+
+
+def stretch_of(sittings: int) -> float:
+    """How much wider draws of a few sittings must be for their 95 % interval to be one: resampling alone is too narrow, by
+    sqrt((n - 1) / n) (Davison & Hinkley 1997, section 3.8) and for want of Student's quantile."""
+    if sittings < 2:
+        return 1.0
+    return math.sqrt(sittings / (sittings - 1)) * stats.t.ppf(0.975, sittings - 1) / stats.norm.ppf(0.975)
 
 
 if __name__ == "__main__":
