@@ -787,11 +787,25 @@ READERS: dict[str, Callable[[Path], list[dict]]] = {
 
 # What stands below the table of a claim, of the same readers, without being part of its rule.
 BESIDE = {
+    2: {
+        "stability": {
+            f"largest stable rate, {warmup}, where both learn": f"the largest stable rate {warmup} over those depths alone at "
+            "which both learn something"
+            for warmup in ("with warmup", "without warmup")
+        }
+    },
+    4: {
+        "extrapolation": {
+            f"learned less rope, both sliding, {reach}": f"learned less RoPE where both read a sliding window of T, {reach}"
+            for reach in _REACHES
+        }
+    },
     8: {
         "compute_scaling": {
-            "loss at fixed compute": "one less the loss of twice the best size over that of the best, at equal compute"
+            "loss at fixed compute": "one less the loss, and so the bits per byte, of twice the best size over that of the best, at "
+            "equal compute"
         }
-    }
+    },
 }
 
 
@@ -897,9 +911,11 @@ class Claims:
             told = "; ".join(
                 f"{about}: {row.effect:+.4f} {row.unit} ({_span(row)})"
                 for name, about in beside.items()
+                if name in table.index
                 for row in [table.loc[name]]
             )
-            self.report.text(f"Beside the rule, {told}. Bits per byte go as the loss.")
+            if told:
+                self.report.text(f"Beside the rule, {told}.")
 
     def end(self) -> None:
         """Where each study stands, how this was made, and the files."""

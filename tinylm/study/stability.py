@@ -491,9 +491,10 @@ class Stability(SectionStudy):
         """tables/effects.csv, which ``claims`` reads."""
         rest = {"seeds": self.preset.seeds}
         rows = [
-            {**row, **rest, "part": f"largest stable rate, {warmup}", "unit": "octaves",
+            {**row, **rest, "part": f"largest stable rate, {warmup}{where}", "unit": "octaves",
              "runs": " ".join(self.frame.run_id[self.frame.warmup == warmup])}
-            for warmup, row in self.effects.items()
+            for where, means in (("", self.effects), (", where both learn", self._where_both_learn()))
+            for warmup, row in means.items()
         ]  # fmt: skip
         rows.append({**share, **rest, "runs": " ".join(self.frame.run_id)})
         effects = pd.DataFrame(rows, columns=list(claims.COLUMNS))
