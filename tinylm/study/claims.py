@@ -802,8 +802,8 @@ BESIDE = {
     },
     8: {
         "compute_scaling": {
-            "loss at fixed compute": "one less the loss, and so the bits per byte, of twice the best size over that of the best, at "
-            "equal compute"
+            "loss at fixed compute": "one less the loss, and so the bits per byte, of twice the best size over that of the best, "
+            "at equal compute"
         }
     },
 }
