@@ -785,7 +785,9 @@ class Ablations(SectionStudy):
             "interval (each by itself, not corrected)", variant="",
             small="+.4f", large="+.4f", change="+.4f", low="+.4f", high="+.4f", verdict="",
         )  # fmt: skip
-        told = f"{', '.join(crossing)} cross" if crossing else "no variant is seen to cross"
+        told = (
+            f"{', '.join(crossing)} cross{'es' * (len(crossing) == 1)}" if crossing else "no variant is seen to cross"
+        )
         self.findings.append(f"Between the two places {told} the baseline.")
 
     def show_costs(self) -> None:

@@ -205,9 +205,9 @@ class Numerics(OneAtATime):
             told = f"change the loss by {row.difference:+.4f} nats ({at})"
             told = "cannot be compared, too few of their runs ended" if math.isnan(row.difference) else told
             self.findings.append(f"Products in {name} {told}.")
-        shares = table.groupby("precision", sort=False).failed.mean()
-        lost = [f"{name} {share:.0%}" for name, share in shares.items()]
-        self.findings.append(f"Diverged, of all runs at {len(self.preset.rates)} learning rates: {', '.join(lost)}.")
+        runs = table.assign(lost=table.failed * table.runs).groupby("precision", sort=False)[["lost", "runs"]].sum()
+        lost = [f"{row.Index} {row.lost:.0f} of {row.runs}" for row in runs.itertuples()]
+        self.findings.append(f"Diverged, of the runs at {len(self.preset.rates)} learning rates: {', '.join(lost)}.")
 
     def _costs(self) -> pd.DataFrame:
         shapes = [self.preset.shape, self.preset.wide]
@@ -318,11 +318,14 @@ class Numerics(OneAtATime):
         )  # fmt: skip
         worst = table.loc[table.difference.idxmax()]
         fixed = table[(table.init == "fixed") & (table.init_std == 0.02)]
-        costs = ", ".join(f"{row.difference:+.3f} at width {row.hidden_size}" for row in fixed.itertuples())
+        costs = ", ".join(
+            f"{row.difference:+.3f} ({interval(row.low, row.high, '+.3f')}) at width {row.hidden_size}"
+            for row in fixed.itertuples()
+        )
         self.findings.append(f"A fixed init_std of 0.02 costs, against the start that knows the width (nats): {costs}.")
         self.findings.append(
             f"The worst start {'that ended ' if (table.failed == 1).any() else ''}is {worst.init} {worst.init_std:g} at width "
-            f"{worst.hidden_size}: {worst.difference:+.3f} nats.{_lost(table)}"
+            f"{worst.hidden_size}: {worst.difference:+.3f} nats ({interval(worst.low, worst.high, '+.3f')}).{_lost(table)}"
         )
 
     def show_scales(self) -> None:
@@ -410,6 +413,14 @@ def _draw_precisions(table: pd.DataFrame, ax: object) -> None:
         ax.plot(x[gone], np.full(gone.sum(), 0.96), "x", color=plots.COLOURS[i], transform=ax.get_xaxis_transform())
     ax.set_xticks(range(len(rates)), [f"x {factor:g}" for factor in rates])
     ax.set_xlim(-0.5, len(rates) - 0.5)
+    ax.set_yscale("symlog", linthresh=0.01)  # steps that are too large spread a hundredfold
+    most = float(np.nanmax(np.abs(table[["low", "high"]].to_numpy(float)), initial=0.01))
+    ticks = [tick for tick in (0.01, 0.1, 1.0) if tick <= 2 * most]
+    ax.set_yticks(
+        [*(-tick for tick in reversed(ticks)), 0, *ticks],
+        [*(f"-{t:g}" for t in reversed(ticks)), "0", *(f"+{t:g}" for t in ticks)],
+    )
+    ax.minorticks_off()
     ax.set_xlabel("learning rate over the baseline's")
     ax.set_ylabel("loss above fp32's (nats/token)")
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
