@@ -102,7 +102,7 @@ def test_differences_and_failures_come_out(measured):
     assert table.failed["fp16, rate x 16"] == 1 and table.verdict["fp16, rate x 16"] == "diverges"
     assert table.difference[f"{numerics.UNSCALED}, rate x 1"] == pytest.approx(0.05, abs=0.006)
     assert table.failed[f"{numerics.UNSCALED}, rate x 4"] == 1 and table.failed["fp16, rate x 4"] == 0
-    shares = "fp32 0%, bf16 0%, fp16 33%, fp16 without loss scaling 67%"
+    shares = "fp32 0 of 9, bf16 0 of 9, fp16 3 of 9, fp16 without loss scaling 6 of 9"
     assert any(line.endswith(f"{shares}.") for line in measured.findings)
     assert any(
         line.startswith("Products in fp16 without loss scaling change the loss by +0.05") for line in measured.findings
