@@ -391,10 +391,15 @@ def test_architecture_choices_are_taken_from_ablations_at_this_very_place(tmp_pa
     total = counts.parameters(Recipe().model((36, 2, 6), 512))["total"]
     places = pd.DataFrame([{"place": "small", "params_total": total, "flops": 2.5e11}])
     places.to_csv(tables / "places.csv", index=False)
-    pd.DataFrame([{"part": "small: range of mlp", "effect": 0.03, "low": -0.01}]).to_csv(
+    pd.DataFrame([{"part": "small: range of mlp", "effect": 0.03, "low": 0.005}]).to_csv(
         tables / "effects.csv", index=False
     )
-    assert study._choices() == {"SwiGLU": (0.03, -0.01)}
+    contrasts = pd.DataFrame([{"choice": "mlp", "kind": "equal", "verdict": "worse"}])
+    contrasts.to_csv(tables / "contrasts_small.csv", index=False)
+    assert study._choices() == {"SwiGLU": (0.03, 0.005)}
+    # Where no alternative is told from the baseline, the range is told as not seen.
+    contrasts.assign(verdict="undecided").to_csv(tables / "contrasts_small.csv", index=False)
+    assert study._choices() == {"SwiGLU": (0.03, -1.0)}
     places.assign(flops=1e11).to_csv(tables / "places.csv", index=False)
     assert study._choices() == {}
 

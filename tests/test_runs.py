@@ -87,7 +87,7 @@ def test_identity_leaves_out_what_changes_no_number():
     assert identity(a_run(), {**CORPUS, "text": "another name"}, ARITHMETIC) == base
 
 
-@pytest.mark.parametrize("study", ["recipe", "compute_scaling"])
+@pytest.mark.parametrize("study", ["model_scaling", "compute_scaling"])
 def test_records_from_before_a_field_of_a_config_are_still_theirs(study):
     """The committed records were written when configs had fewer fields: each is still found under its name, and read."""
     folder = repository() / "results" / study

@@ -19,6 +19,7 @@ import pandas as pd
 from scipy import stats
 
 from tinylm import corpora, counts, files
+from tinylm.config import TrainConfig
 from tinylm.errors import LabError, TextError
 from tinylm.study import doctor, planner, plots, quickstart, scaling
 from tinylm.study.design import (
@@ -54,15 +55,18 @@ class Preset(quickstart.Preset):
 
 PRESETS = {
     "smoke": Preset(
-        (4e9, 8e9, 1.6e10),
-        sizes=4,
+        (5e8, 1e9, 2e9),
+        sizes=3,
         moves=1,
         seeds=3,
         bootstrap=100,
-        tuned_up_to=8e9,
-        repeated=(8e9,),
-        batches=(4e9, 8e9),
-        promised=(0.1, 0.2),
+        beyond=2.0,
+        eval_tokens=8192,
+        clock=0.1,
+        tuned_up_to=1e9,
+        repeated=(1e9,),
+        batches=(5e8, 1e9),
+        promised=(0.05,),
     ),
     "quick": Preset((1e11, 3.2e11, 1e12), tuned_up_to=3.2e11, repeated=(3.2e11,), batches=(1e11, 3.2e11)),
     "full": Preset(
@@ -680,7 +684,8 @@ class ComputeScaling(quickstart.ComputeStudy):
             shape = next(s for s in LADDER if s[:2] == (said["hidden_size"], said["num_layers"]))
             point = Point(shape, said["tokens"], "promised")
             rate = self.rule_rate(shape, point.tokens)
-            self.kept.append(self.train(self.runs_at(point, [rate], threads=said["threads"])))  # one at a time
+            run = self.runs_at(point, [rate], threads=said["threads"], eval_tokens=TrainConfig.eval_tokens)
+            self.kept.append(self.train(run))  # one at a time
             row = self.kept[-1].iloc[0]
             rows.append(
                 {"minutes": said["minutes"], "model": f"{shape[0]} x {shape[1]}", "tokens": point.tokens,

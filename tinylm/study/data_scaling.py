@@ -138,7 +138,7 @@ class DataStudy(SectionStudy):
         learnt by heart, so those runs stop when the validation loss no longer falls."""
         point = Point(reading.shape, reading.unique * reading.epochs, "epochs" if reading.epochs > 1 else "fresh")
         runs = self.runs_at(
-            point, rates, seed, unique_tokens=round(reading.unique), eval_tokens=self.preset.eval_tokens,
+            point, rates, seed, unique_tokens=round(reading.unique),
             patience=PATIENCE if reading.epochs > 1 else None,
         )  # fmt: skip
         tags = {"amount": reading.unique, "passes": reading.epochs}

@@ -265,10 +265,11 @@ def _seconds_per_step(model: ModelConfig, train: TrainConfig, seconds: float) ->
     trainer.train_step()  # allocates, and compiles
     start = time.perf_counter()
     trainer.train_step()  # tells roughly how many steps make a block
-    block = max(1, round(0.1 * seconds / (time.perf_counter() - start)))
+    step = time.perf_counter() - start
+    block, least = max(1, round(0.1 * seconds / step)), 3 if step < seconds else 1
     blocks = []
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(blocks) < 3:
+    while time.perf_counter() < end or len(blocks) < least:
         start = time.perf_counter()
         for _ in range(block):
             trainer.train_step()

@@ -46,7 +46,8 @@ class Preset:
     learning rates, or a family's range of sizes, may move outward; seeds: runs that measure the noise; beyond: how many times
     the largest budget the sealed forecast reaches; threads: of the run behind it, which is trained alone; bootstrap: resamples
     of a fit; amounts: parts of a small text that are
-    fitted, the whole being forecast; epochs: how often a small text may be read at most."""
+    fitted, the whole being forecast; epochs: how often a small text may be read at most; eval_tokens: of each evaluation; clock: seconds
+    for the speed of one size."""
 
     budgets: tuple[float, ...]
     sizes: int = 5
@@ -57,11 +58,22 @@ class Preset:
     bootstrap: int = 1000
     amounts: tuple[float, ...] = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
     epochs: int = 8
+    eval_tokens: int = TrainConfig.eval_tokens
+    clock: float = 1.0
 
 
 PRESETS = {
     "smoke": Preset(
-        (1e9, 2e9, 4e9), sizes=3, moves=1, seeds=3, bootstrap=100, amounts=(1 / 16, 1 / 8, 1 / 4), epochs=2
+        (5e8, 1e9, 2e9),
+        sizes=3,
+        moves=1,
+        seeds=3,
+        beyond=2.0,
+        bootstrap=100,
+        amounts=(1 / 16, 1 / 8, 1 / 4),
+        epochs=2,
+        eval_tokens=8192,
+        clock=0.1,
     ),
     "quick": Preset((1e11, 1.8e11, 3.2e11)),
     "full": Preset((1e11, 2e11, 4e11, 8e11, 1.6e12, 3.2e12)),
@@ -297,7 +309,7 @@ class ComputeStudy(Study):
         # To compile what is timed would take minutes of a study of minutes: only the full preset does.
         plain = None if self.settings.preset == "full" else TrainConfig(precision="fp32", compile=False)
         seconds = [60 * each for each in minutes]
-        return self.evidence.speed_for(self.recipe, seconds, threads=os.cpu_count(), train=plain)
+        return self.evidence.speed_for(self.recipe, seconds, os.cpu_count(), self.preset.clock, train=plain)
 
     def plan_next(self) -> None:
         """What to train next with the minutes that a person has, on this machine with all its cores."""
@@ -337,7 +349,8 @@ class ComputeStudy(Study):
         )  # fmt: skip
         for minutes, plan in zip(self.settings.minutes, plans, strict=True):
             point = Point(next(s for s in LADDER if s[:2] == (plan.hidden_size, plan.num_layers)), plan.tokens, "plan")
-            run = self.runs_at(point, [self.rule_rate(point.shape, point.tokens)], threads=speed.threads)[0]
+            rates, usual = [self.rule_rate(point.shape, point.tokens)], TrainConfig.eval_tokens
+            run = self.runs_at(point, rates, threads=speed.threads, eval_tokens=usual)[0]
             self.report.text(f"**{minutes:g} minutes.** {plan.sentence()}\n\n```\n{command(run)}\n```")
         self.report.figure(
             "surface", "The surface L(N, D) with the runs behind it, the best size for each budget, and the first plan",

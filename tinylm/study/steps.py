@@ -86,9 +86,15 @@ class Study:
         model = self.model(point.shape)
         seed = self.settings.seed if seed is None else seed
         tags = {"family": point.family, "budget": point.budget}
+        changes = {"eval_tokens": self.eval_tokens, **changes}
         return [
             Run(model, self.recipe.train(model, point.tokens, rate, seed, **changes), self.data, tags) for rate in rates
         ]
+
+    @property
+    def eval_tokens(self) -> int:
+        """Tokens of each evaluation: the preset's, where it has a number of its own."""
+        return getattr(self.preset, "eval_tokens", TrainConfig.eval_tokens)
 
     def first_rates(self, point: Point) -> list[float]:
         return bracket(self.recipe.learning_rate(counts.parameters(self.model(point.shape))["total"]))
@@ -102,14 +108,13 @@ class Study:
         origin = facts["provenance"]
         own = origin["source"].startswith("own")
         source = "" if own else f"{origin['source']}; licence: {origin['licence']}"
-        scored = getattr(self.preset, "eval_tokens", TrainConfig().eval_tokens)
         self.report.section("The text")
         self.report.text(
             f"**{facts['name']}**, {total / 1e6:.1f} MB{f' ({source})' if source else ''}. Of it {split['train'] / total:.0%} "
             f"train the models, {split['val'] / total:.0%} judge them, and the rest is kept for a last test; the parts are "
             f"contiguous blocks. A {self.data.tokenizer} tokenizer of {self.settings.vocab_size} pieces, trained on the "
             f"training part alone, cuts it into {quantity(tokens['train'])} training tokens of "
-            f"{split['train'] / tokens['train']:.2f} bytes each. Loss is in nats per token over {scored:,} "
+            f"{split['train'] / tokens['train']:.2f} bytes each. Loss is in nats per token over {self.eval_tokens:,} "
             f"tokens of the validation part at most, the same for every run; a guess at random would lose "
             f"{math.log(self.settings.vocab_size):.2f}."
         )
