@@ -125,11 +125,11 @@ _BESIDE = ("learned", "gqa by 2", "gqa by 3", "mqa", "untied")
 PRESETS = {
     "smoke": Preset(
         (
-            Place("small", (24, 1, 6), 2.5e9, pilot=10, first=2, most=3, beside=("gqa by 3",)),
-            Place("large", (36, 1, 6), 5e9, pilot=3, first=2, most=3, beside=("gqa by 3",)),
+            Place("small", (24, 1, 6), 1.5e9, pilot=10, first=2, most=3, beside=("gqa by 3",)),
+            Place("large", (36, 1, 6), 3e9, pilot=3, first=2, most=2, beside=("gqa by 3",)),
         ),
-        ladder_seeds=2, planted=10, checks=1, check_seeds=2, moves=0, draws=300, eval_tokens=4096, clock=0.02,
-        variants=("gelu", "relu", "gqa by 3", "relu2"),
+        ladder_seeds=2, planted=6, checks=1, check_seeds=2, moves=0, draws=300, eval_tokens=4096, clock=0.02,
+        variants=("gelu", "relu", "gqa by 3"),
     ),
     "quick": Preset(
         (
