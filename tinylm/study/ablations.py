@@ -102,15 +102,16 @@ class Place:
 class Preset:
     """How much a preset measures. places: the two points; ladder_seeds: seeds at each other budget of the frontier; planted:
     seeds of the variant that is made worse on purpose; checks: multipliers held against direct runs, with ``check_seeds``
-    seeds; moves: how often a bracket of rates may move outward; draws: of an interval; variants: those it tries, where not
-    all; eval_tokens: of each evaluation; clock: seconds for the speed of one variant; compile: all runs, short ones too, so that
-    all are computed alike (where a C++ compiler is found); None leaves it to each run's length."""
+    seeds a side, a look at each number; moves: how often a bracket of rates may move outward; draws: of an interval;
+    variants: those it tries, where not all; eval_tokens: of each evaluation; clock: seconds for the speed of one variant;
+    compile: all runs, short ones too, so that all are computed alike (where a C++ compiler is found); None leaves it to each
+    run's length."""
 
     places: tuple[Place, Place]
     ladder_seeds: int = 4
     planted: int = 20
     checks: int = 2
-    check_seeds: int = 20
+    check_seeds: tuple[int, ...] = (20, 48)
     moves: int = 2
     draws: int = 2000
     variants: tuple[str, ...] = tuple(VARIANTS)
@@ -128,7 +129,7 @@ PRESETS = {
             Place("small", (24, 1, 6), 1.5e9, pilot=10, first=2, most=3, beside=("gqa by 3",)),
             Place("large", (36, 1, 6), 3e9, pilot=3, first=2, most=2, beside=("gqa by 3",)),
         ),
-        ladder_seeds=2, planted=6, checks=1, check_seeds=2, moves=0, draws=300, eval_tokens=4096, clock=0.02,
+        ladder_seeds=2, planted=6, checks=1, check_seeds=(2,), moves=0, draws=300, eval_tokens=4096, clock=0.02,
         variants=("gelu", "relu", "gqa by 3"),
     ),
     "quick": Preset(
@@ -136,7 +137,7 @@ PRESETS = {
             Place("small", (24, 2, 6), 5e10, pilot=20, first=3, most=6, beside=("gqa by 3", "untied")),
             Place("large", (36, 2, 6), 2e11, pilot=5, first=3, most=4, beside=("gqa by 3",)),
         ),
-        ladder_seeds=3, moves=1, check_seeds=3, clock=0.3,
+        ladder_seeds=3, moves=1, check_seeds=(3,), clock=0.3,
     ),
     "full": Preset(
         (
@@ -403,7 +404,7 @@ class Ablations(SectionStudy):
             trial = dataclasses.replace(self.grown(place, factor), name=f"{BASELINE} for {name}")
             rate = float(f"{math.exp(np.interp(math.log(factor), np.log(LADDER), log_rates)):.3g}")
             self.checked[name] = factor
-            seeds = self.seeds(self.preset.check_seeds)
+            seeds = self.seeds(max(self.preset.check_seeds))
             runs += self.with_seeds(trial, rate, seeds, "check")
             known_seeds = self.losses(seeded, place)[name].dropna().index
             own = [
@@ -428,7 +429,7 @@ class Ablations(SectionStudy):
         runs += self.with_seeds(base, self.guesses(base)[1], self.seeds(self.preset.planted), "planted")
         for factor in (0.8, 1.2)[: self.preset.checks]:
             trial = self.grown(place, factor)
-            runs += self.with_seeds(trial, self.guesses(trial)[1], self.seeds(self.preset.check_seeds), "check")
+            runs += self.with_seeds(trial, self.guesses(trial)[1], self.seeds(max(self.preset.check_seeds)), "check")
         return runs
 
     def measure(self) -> None:
@@ -621,6 +622,8 @@ class Ablations(SectionStudy):
     def _alike(self, place: Place) -> str:
         table = self.tables[place.name]
         unlike = table.unlike[table.look.idxmax()]
+        if np.isnan(unlike):
+            return f"too few seeds to tell at the {place.name} place"
         return f"{'' if unlike < contrasts.ALIKE else 'not '}told apart at the {place.name} place (p = {unlike:.2g})"
 
     def _draw_contrasts(self, place: Place, ax: object) -> None:
@@ -925,10 +928,13 @@ class Ablations(SectionStudy):
             )
             return
         table, rows = self.tables[place.name].set_index("variant"), []
-        for name, factor in self.checked.items():
-            losses = self.checks.groupby("variant").val_loss.apply(lambda x: x.dropna().tolist())
-            own = np.array(losses[f"{BASELINE} for {name}"])
-            variant = np.array([*self.losses(self.seeded, place)[name].dropna(), *losses.get(name, [])])
+        by_seed = {name: group.set_index("seed").val_loss for name, group in self.checks.groupby("variant")}
+        seeded = self.losses(self.seeded, place)
+        looks = [(name, factor, count) for name, factor in self.checked.items() for count in self.preset.check_seeds]
+        for name, factor, count in looks:
+            known = [losses for losses in (seeded[name], by_seed.get(name)) if losses is not None]
+            sides = by_seed[f"{BASELINE} for {name}"], pd.concat(known)
+            own, variant = (losses.reindex(self.seeds(count)).dropna() for losses in sides)
             difference = own.mean() - variant.mean()
             errors = [values.std(ddof=1) / math.sqrt(len(values)) for values in (own, variant)]
             freedoms = len(own) - 1, len(variant) - 1
@@ -939,12 +945,20 @@ class Ablations(SectionStudy):
                  "high": difference + half, "told_apart": abs(difference) > half,
                  "equal": abs(difference) + half_90 < contrasts.MARGIN}
             )  # fmt: skip
-        checked = pd.DataFrame(rows)
+        table = pd.DataFrame(rows)
+        checked = table.groupby("variant", sort=False).tail(1)  # the last look of each
+        first, last = self.preset.check_seeds[0], self.preset.check_seeds[-1]
         self.report.text(
-            "The baseline was trained with the compute at which, by its frontier, it should lose as much as a variant does."
+            "The baseline was trained with the compute at which, by its frontier, it should lose as much as a variant does"
+            + (
+                f". A look at {first} seeds a side came first; seeds were then added to see whether the losses are equal, up to "
+                f"{last}, and the findings tell that last look."
+                if last > first
+                else "."
+            )
         )
         self.report.table(
-            checked, "checks", "The baseline's loss at that compute (over the place's) less the variant's, with its 95 % "
+            table, "checks", "The baseline's loss at that compute (over the place's) less the variant's, with its 95 % "
             f"interval; `equal`: two one-sided tests show it within {contrasts.MARGIN} nats", variant="", multiplier=".3f",
             compute=".3f", variant_loss=".4f", baseline_loss=".4f", seeds="d", difference="+.4f", low="+.4f", high="+.4f",
             told_apart="", equal="",

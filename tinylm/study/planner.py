@@ -256,7 +256,8 @@ def measure_speed(
 
 
 def _seconds_per_step(model: ModelConfig, train: TrainConfig, seconds: float) -> float:
-    """Seconds of one training step: the median over blocks of about a tenth of the time each."""
+    """Seconds of one training step: the median over blocks of about a tenth of the time each, three at least; one block where
+    a step alone takes longer than the time."""
     from tinylm.train import Trainer
 
     windows = max(4 * train.windows_per_step, 64)

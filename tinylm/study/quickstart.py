@@ -45,9 +45,8 @@ class Preset:
     """How much a preset measures. budgets: FLOPs of the isoFLOP families; sizes: rungs in each; moves: how often a bracket of
     learning rates, or a family's range of sizes, may move outward; seeds: runs that measure the noise; beyond: how many times
     the largest budget the sealed forecast reaches; threads: of the run behind it, which is trained alone; bootstrap: resamples
-    of a fit; amounts: parts of a small text that are
-    fitted, the whole being forecast; epochs: how often a small text may be read at most; eval_tokens: of each evaluation; clock: seconds
-    for the speed of one size."""
+    of a fit; amounts: parts of a small text that are fitted, the whole being forecast; epochs: how often a small text may be
+    read at most; eval_tokens: of each evaluation; clock: seconds for the speed of one size."""
 
     budgets: tuple[float, ...]
     sizes: int = 5
