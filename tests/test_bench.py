@@ -348,7 +348,6 @@ FAKES = {
 
 
 @pytest.mark.slow
-@pytest.mark.alone
 def test_smoke_measures_everything(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "busy", list)
     page = bench.run(tuple(bench.MEASURES), "smoke", tmp_path, say=silent)

@@ -423,7 +423,6 @@ def test_parallel_texts_must_be_parallel(measured, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.alone
 def test_the_smoke_study_is_whole_and_a_second_call_only_redraws_it(tmp_path):
     results = tmp_path / "results"
     command = [

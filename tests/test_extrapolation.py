@@ -355,7 +355,6 @@ def test_the_usual_text_has_long_contexts():
 
 
 @pytest.mark.slow
-@pytest.mark.alone
 def test_the_smoke_study_is_whole_and_a_second_call_only_redraws_it(tmp_path):
     results = tmp_path / "results"
     command = [

@@ -260,7 +260,6 @@ def test_figures_show_every_shape_and_fit_their_page(told):
 
 
 @pytest.mark.slow
-@pytest.mark.alone
 def test_a_smoke_study_runs_from_any_folder_and_a_second_call_trains_nothing(tmp_path):
     environment = {**os.environ, "JUPYTER_PREFER_ENV_PATH": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     results = tmp_path / "results"

@@ -312,7 +312,6 @@ def test_what_cannot_be_measured_is_told_in_words(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.alone
 def test_the_smoke_study_is_whole_and_a_second_call_only_redraws_it(tmp_path):
     results = tmp_path / "results"
     command = [sys.executable, "-m", "tinylm", "study", "stability", "--preset", "smoke", "--results-dir", str(results)]

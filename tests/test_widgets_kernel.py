@@ -90,14 +90,14 @@ def text(tmp_path_factory):
 
 def test_an_hour_of_live_updates_takes_less_than_200_mb(kernel, text, tmp_path):
     """An hour of runs of the panel's first length, one after the other at 20 s a run, has 3,780 points of 21 a run. Of
-    sixteen runs the first few may take what is taken once (a cache, a thread's heap); what the others take, by the median of
+    eight runs the first three may take what is taken once (a cache, a thread's heap); what the others take, by the median of
     the slopes between any two of them, is taken by each that follows. One such cache filled late moves no median."""
     _, run = kernel
     run(OPEN.format(text=text, folder=str(tmp_path / "runs")) + PLAY)
-    sizes = [float(run("print(go_on(42))", seconds=600)) for _ in range(8)]
+    sizes = [float(run("print(go_on(21))", seconds=600)) for _ in range(8)]
     pictures = int(run("print(len(panel.picture.value))"))
-    hour = sizes[2] - sizes[0] + 3780 / 42 * stats.theilslopes(sizes[2:]).slope
-    print(f"\n42 live points each: {', '.join(f'{size:.1f}' for size in sizes)} MB, so {hour:.0f} MB in an hour")
+    hour = sizes[2] - sizes[0] + 3780 / 21 * stats.theilslopes(sizes[2:]).slope
+    print(f"\n21 live points each: {', '.join(f'{size:.1f}' for size in sizes)} MB, so {hour:.0f} MB in an hour")
     assert pictures > 5000, "nothing was drawn"
     assert hour < 200
 
