@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import sys
 import types
@@ -32,12 +33,14 @@ MOST = sys.float_info.max
 # run's identity, so that what was trained before it was there is still found.
 YOUNGER = ("qk_norm", "loss_scaling")
 
+_type_hints = functools.cache(typing.get_type_hints)  # a study makes tens of thousands of configs
+
 
 class _Config:
     """What all configs share: type checks, a dict and JSON round trip, and errors that name the field."""
 
     def _check_types(self) -> None:
-        hints = typing.get_type_hints(type(self))
+        hints = _type_hints(type(self))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             checked = _as_type(field.name, value, hints[field.name])
