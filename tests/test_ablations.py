@@ -146,7 +146,7 @@ def test_the_full_preset_tries_all_choices_and_costs_what_it_may(tmp_path):
     assert {variant.choice for variant in VARIANTS.values() if variant.primary} == {
         "norm", "norm position", "mlp", "position", "heads", "embeddings",
     }  # fmt: skip
-    assert 1e14 < sum(run.flops for run in study.expected_runs()) < 3.4e14
+    assert 1e14 < sum(run.flops for run in study.expected_runs()) < 3.5e14
     assert study.preset.places[0].pilot >= 20  # the null test
 
 

@@ -83,7 +83,7 @@ def study(folder: Path, preset: str = "full", kind: type = Simulated, **changes)
 @pytest.fixture(scope="module")
 def told(tmp_path_factory) -> DataStudy:
     """The full study over simulated runs, with its report."""
-    made = study(tmp_path_factory.mktemp("data"), bootstrap=100)
+    made = study(tmp_path_factory.mktemp("data"), bootstrap=50)
     made.measure()
     made.show_learning_rates()
     made.show_noise()

@@ -154,6 +154,7 @@ def test_columns_are_read_from_one_line():
     assert laws._columns_of("") is None
 
 
+@pytest.mark.slow
 def test_with_no_results_at_all_small_runs_are_trained_and_can_be_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "repository", lambda: tmp_path)
     monkeypatch.setattr(live, "repository", lambda: tmp_path)
