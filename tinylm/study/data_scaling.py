@@ -68,7 +68,7 @@ PRESETS = {
             Arm((12, 2, 2), (2e3, 4e3, 8e3), (1, 2, 4, 8), once=(16e3,)),
             Arm((16, 2, 4), (2e3, 4e3), (1, 2, 8), once=(8e3,)),
         ),
-        tuned=(4e3,), longest=64e3, noisy=(4e3, (1, 2)), seeds=2, moves=1, bootstrap=50, eval_tokens=4096,
+        tuned=(4e3,), longest=64e3, noisy=(4e3, (1, 2)), seeds=2, moves=1, bootstrap=50, eval_tokens=1024,
     ),
     "quick": Preset(
         (
